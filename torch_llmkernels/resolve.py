@@ -1,0 +1,205 @@
+"""From tasks to decisions: the lookup order, verification on this device, and what a miss does.
+
+For each task, in order: what the store remembers from an earlier verification here; the library's record for this kind of
+device; every library kernel of the signature; then `on_miss`. Whatever is not yet verified on this device is checked and timed in a
+worker process once, and the outcome is remembered. `choose` is the function that decides a swap.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from torch_llmkernels.cache.key import RecordKey
+from torch_llmkernels.cache.library import Library, default_library
+from torch_llmkernels.cache.store import Store, open_store
+from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluation import Decision, Evaluation, Record
+from torch_llmkernels.kernels.device import DeviceFacts
+from torch_llmkernels.kernels.source import Kernel, parse_kernel
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task
+
+log = logging.getLogger("torch_llmkernels.resolve")
+
+
+def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
+    """One decision per task, in order; equal tasks share one.
+
+    Raises:
+        LLMKernelsError: with `on_miss="error"`, for the first task without a kernel worth swapping in.
+    """
+    resolver = Resolver(settings)
+    decided: dict[str, Decision] = {}
+    for task in tasks:
+        if task.key not in decided:
+            decided[task.key] = resolver.decide(task)
+    return [decided[task.key] for task in tasks]
+
+
+class Resolver:
+    """The lookup of one compilation: its library, store, and what is left of its verification budget.
+
+    Args:
+        settings: The knobs in force.
+        library: Kernels to consider; default: the shipped library or `library_dir`.
+        store: Where decisions persist; default: the user's store.
+    """
+
+    def __init__(self, settings: Settings, library: Library | None = None, store: Store | None = None) -> None:
+        self.settings = settings
+        self.library = library or default_library(settings)
+        self.store = store or open_store(settings)
+        self.deadline = time.monotonic() + settings.verify_budget_s
+
+    def decide(self, task: Task) -> Decision:
+        """The decision for one task, verified here if it has to be."""
+        if self.settings.swap == "none":
+            return Decision(None, "kept Inductor: swap='none'")
+        target = target_for(task.device)
+        if reason := target.unavailable():
+            return Decision(None, f"kept Inductor: {reason}")
+        facts = target.facts()
+        key = RecordKey.of(task, facts)
+        known = self.store.decision(key) or Decision(None, "nothing verified yet")
+        candidates = self._unverified(task, facts, known)
+        if candidates:
+            known = self._verify(task, facts, key, candidates, known)
+        decision = choose(known, task, self.settings)
+        return decision if decision.record else self._miss(task, facts, key, decision)
+
+    def _unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
+        """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first."""
+        need_time = self.settings.swap == "fastest"
+        settled = {name for name, e in known.tried if e.status.is_correct is False or e.time_ms or not need_time}
+        found: dict[str, tuple[Kernel, Record | None]] = {}
+        record = self.library.record(task.key, facts.kind)
+        if record is not None:
+            kernel = parse_kernel(record.kernel_text, record.kernel_name)
+            found[label(kernel)] = (kernel, record)
+        if known.record is not None:
+            kernel = parse_kernel(known.record.kernel_text, known.record.kernel_name)
+            found.setdefault(label(kernel), (kernel, known.record))
+        for kernel in self.library.kernels(task.signature, task.device):
+            found.setdefault(label(kernel), (kernel, None))
+        return [pair for name, pair in found.items() if name not in settled and pair[0].why_not(task) is None]
+
+    def _verify(
+        self, task: Task, facts: DeviceFacts, key: RecordKey, candidates: Iterable[tuple[Kernel, Record | None]], known: Decision
+    ) -> Decision:
+        """Evaluate `candidates` under the task's lock and remember the outcome; what the budget does not cover stays open."""
+        with self.store.lock(key.text) as mine:
+            if not mine:
+                return dataclasses.replace(known, reason="kept Inductor: another process is verifying this task")
+            known = self.store.decision(key) or known
+            complete = True
+            for kernel, record in candidates:
+                left = self.deadline - time.monotonic()
+                if left <= 0:
+                    complete = False
+                    break
+                evaluation = evaluate(task, kernel, record, self.settings)
+                log.debug("%s %s on %s: %s %s", task.signature, task.key, label(kernel), evaluation.status, evaluation.detail)
+                known = merge(known, task, kernel, evaluation, facts, origin=record.origin if record else "library")
+                self.store.put_decision(key, known)
+        if not complete:
+            return dataclasses.replace(known, reason="kept Inductor: the verification budget is spent (verify_budget_s)")
+        return known
+
+    def _miss(self, task: Task, facts: DeviceFacts, key: RecordKey, decision: Decision) -> Decision:
+        """`on_miss` for a task that nothing wins."""
+        if self.settings.on_miss == "fallback":
+            return decision
+        if self.settings.on_miss == "error":
+            raise LLMKernelsError(f"{task.signature} {task.key}: {decision.reason} (on_miss='error')")
+        from torch_llmkernels.search import on_miss  # only a miss pays for importing the search
+
+        record = on_miss.search(task, facts, key, self.store, self.settings)
+        if record is None:
+            return decision
+        kernel = parse_kernel(record.kernel_text, record.kernel_name)
+        known = merge(decision, task, kernel, record.evaluation, facts, origin=record.origin)
+        self.store.put_decision(key, known)
+        return choose(known, task, self.settings)
+
+
+def label(kernel: Kernel) -> str:
+    """How a kernel is named in a decision: `name@digest`, so that an edited file counts as a new kernel."""
+    return f"{kernel.name}@{kernel.digest[:8]}"
+
+
+def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:
+    """`known` with one more evaluation; the record is the fastest correct kernel so far, whether or not it wins."""
+    tried = (*((n, e) for n, e in known.tried if n != label(kernel)), (label(kernel), evaluation))
+    record = known.record
+    if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
+        record = None  # its evidence is being replaced
+    if evaluation.status.is_correct and (record is None or _time(evaluation) < _time(record.evaluation)):
+        record = Record(task, kernel.name, kernel.text, evaluation.constants, facts.kind, evaluation, origin)
+    return Decision(record, known.reason, tried)
+
+
+def _time(evaluation: Evaluation) -> float:
+    return evaluation.time_ms if evaluation.time_ms is not None else float("inf")
+
+
+def choose(known: Decision, task: Task, settings: Settings) -> Decision:
+    """Swap or not: the one place where that is decided.
+
+    `swap="correct"` takes any correct kernel. `swap="fastest"` takes one only if the best baseline's time over its own is at
+    least `min_speedup` and clears the spread of its own samples.
+    """
+    record = known.record
+    if record is None:
+        return dataclasses.replace(known, reason=_why_nothing(known, task))
+    if settings.swap == "correct":
+        return dataclasses.replace(known, reason=f"swapped: {record.kernel_name} is correct (swap='correct')")
+    speedup = record.evaluation.speedup
+    if speedup is None:
+        return dataclasses.replace(known, record=None, reason="kept Inductor: the kernel is correct but was not timed")
+    needed = max(settings.min_speedup, 1.0 + (record.evaluation.spread or 0.0))
+    if speedup < needed:
+        reason = f"kept Inductor: {record.kernel_name} runs at {speedup:.2f}x the best baseline, {needed:.2f}x is needed"
+        return dataclasses.replace(known, record=None, reason=reason)
+    return dataclasses.replace(known, reason=f"swapped: {record.kernel_name} runs at {speedup:.2f}x the best baseline")
+
+
+def _why_nothing(known: Decision, task: Task) -> str:
+    if known.reason.startswith("kept Inductor"):
+        return known.reason
+    if known.tried:
+        outcomes = ", ".join(f"{name} {e.status}" for name, e in known.tried)
+        return f"kept Inductor: no kernel passed on this device ({outcomes})"
+    return f"kept Inductor: no kernel implements {task.signature} for this task on {task.device}"
+
+
+def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settings) -> Evaluation:
+    """Check and time one kernel in this process's worker; a record's constants are taken, others are tuned."""
+    from torch_llmkernels.evaluate.run import Job
+
+    job = Job(
+        task=task, kernel_text=kernel.text, kernel_name=kernel.name, tier=settings.verify, timed=settings.swap == "fastest",
+        constants=dict(record.constants) if record else None,
+    )  # fmt: skip
+    return worker(settings).evaluate(job)
+
+
+_worker = None
+_worker_lock = threading.Lock()
+
+
+def worker(settings: Settings):
+    """The evaluation worker of this process, started at first use and closed at exit."""
+    global _worker
+    with _worker_lock:
+        if _worker is None:
+            from torch_llmkernels.evaluate.worker import Worker
+
+            _worker = Worker(settings)
+            atexit.register(_worker.close)
+        return _worker
