@@ -1,7 +1,7 @@
 """`make demo`: real data, real models, one backend name changed.
 
-Trains a small convolution net on scikit-learn's handwritten digits and runs a transformer encoder over the patches of a photograph
-from scikit-image, each with `backend="llmkernels"` and with eager, and prints what the backend did with every region: which
+Trains a small convolution net on scikit-learn's handwritten digits and runs a transformer encoder over the patches of a
+photograph from scikit-image, each with `backend="llmkernels"` and with eager, and prints what the backend did with every region: which
 kernel, its error against float64 beside eager's, its time beside eager's and Inductor's, and the decision. Every figure is
 measured by this run. Uses the GPU if there is one.
 
@@ -63,7 +63,7 @@ class PatchEncoder(nn.Module):
 
 
 def digits(device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Handwritten digits as (N, 1, 16, 16) float32 in 0..1 and their labels: train images, train labels, test images, test labels."""
+    """Handwritten digits as (N, 1, 16, 16) float32 in 0..1: train images and labels, test images and labels."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -118,7 +118,7 @@ def interleaved_ms(calls: dict[str, Callable[[], object]], rounds: int = 15) -> 
 
 def regions_table() -> Table:
     """Every region the backend has looked at in this process, with the evidence for its decision."""
-    table = Table(title="Regions: errors are relative Frobenius against float64 on normal data; times in ms", title_justify="left")
+    table = Table(title="Regions (error: relative Frobenius against float64, normal data; times in ms)", title_justify="left")
     for column in ("region", "task", "shape", "kernel", "from", "error", "eager's", "kernel", "eager", "Inductor", "decision"):
         table.add_column(column, overflow="fold")
     seen = set()
@@ -143,7 +143,8 @@ def region_row(region) -> list[str]:
     times = dict(evaluation.baselines_ms)
     origin = decision.record.origin if decision.record else "library"
     return [
-        *row, name.split("@")[0], origin, f"{error.frobenius:.1e}", f"{error.frobenius_yardstick:.1e}", f"{evaluation.time_ms:.4f}",
+        *row, name.split("@")[0], origin, f"{error.frobenius:.1e}", f"{error.frobenius_yardstick:.1e}",
+        f"{evaluation.time_ms:.4f}",
         *(f"{times[b]:.4f}" if b in times else "-" for b in ("eager", "inductor")), decision.reason,
     ]  # fmt: skip
 
@@ -189,7 +190,7 @@ def main() -> None:
     console.print(table)
 
     table = Table(title="Inference, end to end", title_justify="left")
-    for column in ("model", "eager ms", "Inductor ms", "llmkernels ms", "vs eager", "vs Inductor", "largest difference from eager"):
+    for column in ("model", "eager ms", "Inductor ms", "llmkernels ms", "vs eager", "vs Inductor", "max |difference|"):
         table.add_column(column)
     for name, ms in times.items():
         difference = (outputs[name]["llmkernels"] - outputs[name]["eager"]).abs().max().item()

@@ -1,8 +1,8 @@
 """From tasks to decisions: the lookup order, verification on this device, and what a miss does.
 
 For each task, in order: what the store remembers from an earlier verification here; the library's record for this kind of
-device; every library kernel of the signature; then `on_miss`. Whatever is not yet verified on this device is checked and timed in a
-worker process once, and the outcome is remembered. `choose` is the function that decides a swap.
+device; every library kernel of the signature; then `on_miss`. Whatever is not yet verified on this device is checked and timed
+in a worker process once, and the outcome is remembered. `choose` is the function that decides a swap.
 """
 
 from __future__ import annotations
