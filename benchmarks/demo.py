@@ -1,9 +1,9 @@
 """`make demo`: real data, real models, one backend name changed.
 
 Trains a small convolution net on scikit-learn's handwritten digits and runs a transformer encoder over the patches of a
-photograph from scikit-image, each with `backend="llmkernels"` and with eager, and prints what the backend did with every region: which
-kernel, its error against float64 beside eager's, its time beside eager's and Inductor's, and the decision. Every figure is
-measured by this run. Uses the GPU if there is one.
+photograph from scikit-image, each with `backend="llmkernels"` and with eager, and prints what the backend did with every
+region: which kernel, its error against float64 beside eager's, its time beside eager's and Inductor's, and the decision.
+Every figure is measured by this run. Uses the GPU if there is one.
 
     python benchmarks/demo.py [--epochs 3] [--device cpu|cuda]
 """
