@@ -1,0 +1,124 @@
+"""The problems that the benchmarks measure and that searches are run for, each a module and a maker of inputs.
+
+`SEED` are the operators of the article this project starts from, `WIDER` adds the shapes where an H100 has headroom, and `CPU` are
+small enough for two cores. `PROBLEMS` names them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Call(nn.Module):
+    """A function of tensors as a module without parameters."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.function(*tensors)
+
+
+class ConvReluPool(nn.Module):
+    """Conv2d, ReLU and max-pool in a row; the convolution's arguments as in `nn.Conv2d`."""
+
+    def __init__(self, *conv: int, pool: int = 3, pool_stride: int = 2, **options: int) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(*conv, **options), nn.MaxPool2d(pool, pool_stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(F.relu(self.conv(x)))
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention of three (batch, heads, tokens, width) tensors."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One operator at one shape.
+
+    Attributes:
+        name: Unique, with the shape in it.
+        module: Makes the module, on the CPU in float32.
+        shapes: Shapes of the inputs.
+        dtype: dtype of the inputs and of the module.
+        channels_last: Whether inputs and module use that layout.
+        training: Whether a backward pass belongs to the problem.
+        tf32: Whether TF32 is allowed for convolutions and products; the strict tier forbids it.
+    """
+
+    name: str
+    module: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    training: bool = False
+    tf32: bool = False
+
+    def make(self, device: str, seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
+        """The module and its inputs on `device`; affine weights are not their trivial defaults."""
+        generator = torch.Generator().manual_seed(seed)
+        module = self.module().to(self.dtype)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if parameter.ndim == 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + 1)
+                elif isinstance(module, nn.LayerNorm):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + 1)
+        inputs = [torch.randn(shape, generator=generator).to(device, self.dtype) for shape in self.shapes]
+        module = module.to(device)
+        if self.channels_last:
+            module = module.to(memory_format=torch.channels_last)
+            inputs = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in inputs]
+        if self.training:
+            inputs = [t.requires_grad_() for t in inputs]
+        return module, inputs
+
+
+def _softmax(x: torch.Tensor) -> torch.Tensor:
+    return F.softmax(x, -1)
+
+
+SEED = (
+    Problem("matmul_fp32_2048", lambda: Call(torch.matmul), ((2048, 2048), (2048, 2048))),
+    Problem("matmul_fp32_4096", lambda: Call(torch.matmul), ((4096, 4096), (4096, 4096))),
+    Problem("conv2d_11x11_s4_fp32", lambda: nn.Conv2d(3, 96, 11, 4, 2), ((100, 3, 224, 224),)),
+    Problem("softmax_4096x65536_fp32", lambda: Call(_softmax), ((4096, 65536),)),
+    Problem("layer_norm_16x64x256x256_fp32", lambda: nn.LayerNorm((64, 256, 256)), ((16, 64, 256, 256),)),
+    Problem("conv2d_relu_max_pool_11x11_fp32", lambda: ConvReluPool(3, 96, 11, 4, 2), ((100, 3, 224, 224),)),
+)
+WIDER = (
+    Problem("softmax_16x16384_fp32", lambda: Call(_softmax), ((16, 16384),)),
+    Problem("layer_norm_8192x4096_fp16", lambda: nn.LayerNorm(4096), ((8192, 4096),), torch.float16),
+    Problem("layer_norm_8192x4096_fp32", lambda: nn.LayerNorm(4096), ((8192, 4096),)),
+    Problem("layer_norm_train_8192x4096_fp32", lambda: nn.LayerNorm(4096), ((8192, 4096),), training=True),
+    Problem("rms_norm_8192x4096_bf16", lambda: nn.RMSNorm(4096), ((8192, 4096),), torch.bfloat16),
+    Problem("linear_gelu_8192x768x3072_fp32", lambda: nn.Sequential(nn.Linear(768, 3072), nn.GELU()), ((8192, 768),)),
+    Problem(
+        "conv3x3_relu_max_pool_64_fp32",
+        lambda: ConvReluPool(64, 64, 3, 1, 1, pool=2),
+        ((32, 64, 224, 224),),
+    ),
+    Problem("attention_4x16x2048x64_fp16", Attention, ((4, 16, 2048, 64),) * 3, torch.float16),
+    Problem("matmul_fp16_4096", lambda: Call(torch.matmul), ((4096, 4096), (4096, 4096)), torch.float16),
+)
+CPU = (
+    Problem("layer_norm_4096x1024_fp32", lambda: nn.LayerNorm(1024), ((4096, 1024),)),
+    Problem("softmax_1024x4096_fp32", lambda: Call(_softmax), ((1024, 4096),)),
+    Problem("conv2d_relu_max_pool_3x3_fp32", lambda: ConvReluPool(3, 32, 3, 1, 1, pool=2), ((8, 3, 64, 64),)),
+    Problem("conv2d_3x3_fp32", lambda: nn.Conv2d(16, 32, 3, 1, 1), ((4, 16, 32, 32),)),
+    Problem("linear_gelu_512x256x1024_fp32", lambda: nn.Sequential(nn.Linear(256, 1024), nn.GELU()), ((512, 256),)),
+    Problem("attention_2x4x256x64_fp32", Attention, ((2, 4, 256, 64),) * 3),
+    Problem("layer_norm_train_1024x512_fp32", lambda: nn.LayerNorm(512), ((1024, 512),), training=True),
+)
+PROBLEMS = {problem.name: problem for problem in (*SEED, *WIDER, *CPU)}
