@@ -1,4 +1,4 @@
-"""Small tasks built by hand, as the graph stage would build them. Sizes may be symbols: pass `hints={"d0": 8}` with a size `"d0"`."""
+"""Small tasks built by hand, as the graph stage would build them. A symbolic size: `rows="d0", hints={"d0": 8}`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def layer_norm_task(
     inputs += [contiguous("bias", dtype, (cols,))] if bias else []
     outputs = [contiguous("y", dtype, (rows, cols))]
     outputs += [contiguous("mean", stat_dtype, (rows, 1)), contiguous("rstd", stat_dtype, (rows, 1))] if stats else []
-    args = ({"v": "x"}, {"p": "normalized_shape"}, {"v": "weight"} if weight else None, {"v": "bias"} if bias else None, {"p": "eps"})
+    affine = ({"v": "weight"} if weight else None, {"v": "bias"} if bias else None)
+    args = ({"v": "x"}, {"p": "normalized_shape"}, *affine, {"p": "eps"})
     program = [Node("n0", "aten.native_layer_norm.default", args)]
     program += [Node(f"n{i + 1}", "getitem", ({"v": "n0"}, i)) for i in range(len(outputs))]
     return Task(
