@@ -1,7 +1,7 @@
 """The problems that the benchmarks measure and that searches are run for, each a module and a maker of inputs.
 
-`SEED` are the operators of the article this project starts from, `WIDER` adds the shapes where an H100 has headroom, and `CPU` are
-small enough for two cores. `PROBLEMS` names them all.
+`SEED` are the operators of the article this project starts from, `WIDER` adds the shapes where an H100 has headroom, and
+`CPU` are small enough for two cores. `PROBLEMS` names them all.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ class Problem:
         module = self.module().to(self.dtype)
         with torch.no_grad():
             for parameter in module.parameters():
-                if parameter.ndim == 1:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + 1)
-                elif isinstance(module, nn.LayerNorm):
+                if parameter.ndim == 1 or isinstance(module, nn.LayerNorm):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + 1)
         inputs = [torch.randn(shape, generator=generator).to(device, self.dtype) for shape in self.shapes]
         module = module.to(device)
