@@ -6,6 +6,7 @@ row could run code. Here a row is raw bytes or it is refused.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
@@ -93,7 +94,8 @@ def private_directory(directory: Path) -> None:
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
         found = directory.lstat()
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and _is_fresh(directory, found.st_mode):
             directory.chmod(0o700)

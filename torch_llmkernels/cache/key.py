@@ -131,7 +131,7 @@ def unseal(key: str, blob: bytes) -> bytes:
     if not newline or not head_line.startswith(_MAGIC):
         raise SchemaError("no frame: not written by this release, or truncated")
     try:
-        head = json.loads(head_line[len(_MAGIC):])
+        head = json.loads(head_line[len(_MAGIC) :])
         found = (head["key"], head["size"], head["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise SchemaError(f"the frame does not parse: {error}") from None
