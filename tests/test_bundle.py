@@ -1,0 +1,156 @@
+"""Bundles: what goes in comes out as candidates, and nothing else gets in."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests import tasks
+from tests.records import FACTS, decision_for, key_for, record_for
+from torch_llmkernels.cache import bundle
+from torch_llmkernels.cache.remote import FileRemote, RemoteCache, Shared
+from torch_llmkernels.cache.store import NullStore
+from torch_llmkernels.errors import SchemaError, StoreError
+from torch_llmkernels.evaluation import Decision
+
+TASK, OTHER = tasks.layer_norm_task(), tasks.layer_norm_task(cols=128)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.llmk"
+    decisions = [(key_for(OTHER), decision_for(OTHER)), (key_for(TASK), Decision(None, "kept Inductor"))]
+    assert bundle.export(path, [record_for(TASK)], decisions, {"k": b"\x7fELF"}) == 4
+    return path
+
+
+def rewrite(path: Path, change) -> None:
+    """Replace the entries of a bundle by what `change` makes of them, the manifest as it was unless changed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    change(entries)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def edit_manifest(path: Path, change) -> None:
+    def edit(entries: dict[str, bytes]) -> None:
+        manifest = json.loads(entries[bundle.MANIFEST])
+        change(manifest)
+        entries[bundle.MANIFEST] = json.dumps(manifest).encode()
+
+    rewrite(path, edit)
+
+
+def test_imported_kernels_are_candidates_not_decisions(path: Path) -> None:
+    store = NullStore()
+    done = bundle.import_(path, store)
+    assert len(done.records) == 2
+    assert {record.task.key for record in store.imported("layer_norm")} == {TASK.key, OTHER.key}
+    assert {record.origin for record in store.imported("layer_norm")} == {"import:mine"}
+    assert store.decision(key_for(OTHER)) is None and store.keys("decision/") == []
+
+
+def test_binaries_and_empty_decisions_are_skipped_with_a_reason(path: Path) -> None:
+    store = NullStore()
+    skipped = bundle.import_(path, store).skipped
+    assert len(skipped) == 2 and any("binary" in line for line in skipped) and any("keep Inductor" in line for line in skipped)
+    assert store.keys("binary/") == []
+
+
+def test_importing_twice_adds_once(path: Path) -> None:
+    store = NullStore()
+    assert bundle.import_(path, store) == bundle.import_(path, store)
+    assert len(store.keys()) == 2
+
+
+def test_same_content_gives_the_same_file(tmp_path: Path) -> None:
+    for name in "ab":
+        bundle.export(tmp_path / name, [record_for(TASK), record_for(OTHER)])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def refused(path: Path, error: type[Exception], reason: str) -> None:
+    store = NullStore()
+    with pytest.raises(error, match=reason):
+        bundle.import_(path, store)
+    assert store.keys() == [], "a bundle is taken whole or not at all"
+
+
+def test_altered_entry_is_refused(path: Path) -> None:
+    def alter(entries: dict[str, bytes]) -> None:
+        name = next(n for n in entries if n.startswith("records/"))
+        entries[name] = entries[name].replace(b"layer_norm", b"layer_form")
+
+    rewrite(path, alter)
+    refused(path, SchemaError, "sha256")
+
+
+def test_added_and_missing_entries_are_refused(path: Path) -> None:
+    rewrite(path, lambda entries: entries.update({"records/extra.json": b"{}"}))
+    refused(path, SchemaError, "differ in records/extra.json")
+
+
+@pytest.mark.parametrize("name", ["../../evil.json", "/etc/evil.json", "records/../evil.json", "records/a/b.json", "code/a.py"])
+def test_entry_names_cannot_leave_the_bundle(path: Path, name: str) -> None:
+    rewrite(path, lambda entries: entries.update({name: b"{}"}))
+    edit_manifest(path, lambda manifest: manifest["entries"].update({name: {"sha256": "", "size": 2}}))
+    refused(path, SchemaError, "not allowed")
+
+
+def test_other_schema_is_refused(path: Path) -> None:
+    edit_manifest(path, lambda manifest: manifest.update(schema=99))
+    refused(path, SchemaError, "schema 99")
+
+
+def test_truncated_file_and_other_files_are_refused(path: Path, tmp_path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+    refused(path, SchemaError, "not a bundle")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    refused(path, SchemaError, "not a bundle")
+    refused(tmp_path / "absent.llmk", StoreError, "No such file")
+
+
+def test_file_that_unpacks_to_too_much_is_refused(path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bundle, "MAX_TOTAL_BYTES", 1000)
+    refused(path, StoreError, "too large")
+
+
+def test_file_remote_shares_records_between_machines(tmp_path: Path) -> None:
+    record = record_for(TASK)
+    assert Shared(FileRemote(tmp_path / "share")).publish(record)
+    found = Shared(FileRemote(tmp_path / "share"), name="share").record(TASK.key, FACTS.kind)
+    assert found is not None and found.kernel_text == record.kernel_text and found.origin == "import:share"
+    assert Shared(FileRemote(tmp_path / "share")).record(OTHER.key, FACTS.kind) is None
+
+
+def test_damaged_remote_entry_is_a_miss(tmp_path: Path, caplog) -> None:
+    shared = Shared(FileRemote(tmp_path))
+    shared.publish(record_for(TASK))
+    (file,) = tmp_path.glob("*/*.llmk")
+    file.write_bytes(file.read_bytes()[:-5])
+    assert shared.record(TASK.key, FACTS.kind) is None
+    assert "truncated" in caplog.text and not shared.failed
+
+
+def test_failing_remote_is_left_alone_after_one_warning(caplog) -> None:
+    class Down(RemoteCache):
+        calls = 0
+
+        def get(self, key: str) -> bytes | None:
+            self.calls += 1
+            raise ConnectionError("no route to host")
+
+        def put(self, key: str, value: bytes) -> None:
+            raise AssertionError("not reached")
+
+    remote = Down()
+    shared = Shared(remote)
+    assert shared.record(TASK.key, FACTS.kind) is None and shared.record(OTHER.key, FACTS.kind) is None
+    assert not shared.publish(record_for(TASK))
+    assert remote.calls == 1 and len(caplog.records) == 1 and "no route to host" in caplog.text
