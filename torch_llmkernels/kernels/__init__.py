@@ -1,0 +1,1 @@
+"""Kernel files and the two targets that compile, load and launch them."""
