@@ -1,0 +1,311 @@
+"""The backend: `torch.compile(model, backend="llmkernels")`.
+
+Dynamo hands every captured graph to `llmkernels`. What happens to it:
+
+1. `read_request` splits `mode=` and `options=` into our knobs and Inductor's config.
+2. `why_plain` rules out, without a trace, graphs that nothing can be swapped in. They go to Inductor as they are.
+3. `discover` learns which tasks the graph holds: it traces the graph with composite operators kept whole, up to the joint graph
+   (forward and backward together), and stops there. The answer is remembered, in the process and in the store.
+4. `resolve` decides for each task: a verified kernel of the library that wins here, or Inductor.
+5. No winner: Inductor gets the graph as it is, and generates exactly what `backend="inductor"` would.
+6. Otherwise Inductor compiles the graph with `SwapPass` in its joint-graph stage, which puts one `llmk::region` operator in the
+   place of each winner and decomposes the rest as Inductor would have.
+
+Whatever goes wrong on the way is logged and the graph goes to Inductor; `strict=True` raises instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from torch_llmkernels import plan, registry
+from torch_llmkernels.errors import TaskError
+from torch_llmkernels.evaluation import Decision
+from torch_llmkernels.graph.decompose import decomp_table, late_decompose
+from torch_llmkernels.graph.op import bind
+from torch_llmkernels.graph.regions import find_regions
+from torch_llmkernels.graph.scan import might_match
+from torch_llmkernels.graph.swap import swap, tidy
+from torch_llmkernels.graph.task_of import RegionTask, task_of
+from torch_llmkernels.options import Request, read_request
+from torch_llmkernels.plan import Plan
+from torch_llmkernels.registry import GraphReport, RegionReport
+from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task
+
+log = logging.getLogger("torch_llmkernels.backend")
+
+
+def llmkernels(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Any:
+    """Compile one captured graph; the entry point that `torch.compile(backend="llmkernels")` finds.
+
+    Args:
+        gm: The graph that Dynamo captured.
+        example_inputs: Its (fake) inputs.
+        mode: A mode of Inductor.
+        options: Our knobs and Inductor's options, by name.
+
+    Returns:
+        What Inductor's `compile_fx` returns: a callable, with whatever torch's caches need attached.
+
+    Raises:
+        SettingsError: for an unknown mode or option.
+        LLMKernelsError: with `strict=True` or `on_miss="error"`, for what would otherwise be logged.
+    """
+    request = read_request(mode, options)
+    if reason := why_plain(gm, request):
+        return compile_plain(gm, example_inputs, request, reason)
+    try:
+        found = plan_of(gm, example_inputs, request)
+        decisions = resolve(found.tasks, request.settings)
+    except torch._dynamo.exc.TorchDynamoException:
+        raise  # Dynamo's own control flow: a restart of its analysis
+    except Exception as error:
+        return _give_up(gm, example_inputs, request, error)
+    if not any(decision.record for decision in decisions):
+        _report(found, decisions, {})
+        return compile_plain(gm, example_inputs, request, "")
+    swaps = SwapPass(dict(zip((t.key for t in found.tasks), decisions, strict=True)), request)
+    try:
+        return compile_swapped(gm, example_inputs, request, swaps)
+    except torch._dynamo.exc.TorchDynamoException:
+        raise
+    except Exception as error:
+        return _give_up(gm, example_inputs, request, error)
+    finally:
+        _report(found, decisions, swaps.refused)
+
+
+def _reset() -> None:
+    """Called by `torch._dynamo.reset()`: what torch's Inductor front end does there."""
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        sys.modules["torch._inductor.cudagraph_trees"].reset_cudagraph_trees()
+
+
+llmkernels.reset = _reset  # type: ignore[attr-defined]
+
+
+def why_plain(gm: fx.GraphModule, request: Request) -> str:
+    """Why this graph goes to Inductor without a second trace; empty if regions have to be looked for."""
+    if request.settings.swap == "none":
+        return "swap='none'"
+    if not request.inductor_option("use_joint_graph_passes"):
+        return "Inductor's joint graph passes are off (mode 'lite' or use_joint_graph_passes=False), where kernels are swapped in"
+    if not might_match(gm):
+        return "no operator that a pattern starts from"
+    return ""
+
+
+def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, reason: str) -> Any:
+    """Exactly what `backend="inductor"` does, compile caches included."""
+    if reason:
+        log.info("graph %s goes to Inductor: %s", _graph_name(), reason)
+        registry.add(GraphReport(_graph_name(), (), reason))
+    return request.inductor(gm, example_inputs)
+
+
+def compile_swapped(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, swaps: SwapPass) -> Any:
+    """Inductor with the winners swapped in."""
+    import torch_llmkernels.graph.lowering  # noqa: F401 (teaches Inductor the operator)
+
+    return _compile_fx(gm, example_inputs, request, swaps)
+
+
+def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, joint_pass: Any, **more: Any) -> Any:
+    """`compile_fx` with composites kept whole and `joint_pass` in the joint-graph stage; the process's config is untouched."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**request.inductor.config, "joint_custom_pre_pass": joint_pass}
+    with config.patch(patches):
+        table = decomp_table()
+    return compile_fx(gm, example_inputs, config_patches=patches, decompositions=table, **more)
+
+
+class Discovered(BaseException):
+    """Ends a discovery: not an error, and not an `Exception`, so that nothing on the way swallows it."""
+
+
+class DiscoverPass(CustomGraphPass):
+    """Collects the tasks of a joint graph (and of its subgraphs) and leaves the graph alone.
+
+    Args:
+        settings: The knobs in force.
+        nested: Whether the graph has subgraphs (`torch.cond`): the pass then sees several graphs and may not stop at the first.
+    """
+
+    def __init__(self, settings: Settings, nested: bool) -> None:
+        self.settings, self.nested = settings, nested
+        self.tasks: list[Task] = []
+        self.skipped: list[RegionReport] = []
+
+    def uuid(self) -> str:
+        return "llmkernels discovery"  # nothing is ever cached under it: the compilation does not finish
+
+    def __call__(self, graph: fx.Graph) -> None:
+        found, skipped = find_tasks(graph, self.settings)
+        self.tasks += [region.task for region in found]
+        self.skipped += skipped
+        if not self.nested:
+            raise Discovered
+
+
+class SwapPass(CustomGraphPass):
+    """Swaps the winners in and decomposes the rest; Inductor runs it first in its joint-graph stage.
+
+    Args:
+        decisions: What was decided, by `Task.key`; a task that is not there stays with Inductor.
+        request: The request; a `joint_custom_pre_pass` of the user's own runs after the swaps.
+    """
+
+    def __init__(self, decisions: Mapping[str, Decision], request: Request) -> None:
+        self.decisions = dict(decisions)
+        self.settings = request.settings
+        theirs = request.inductor_option("joint_custom_pre_pass")
+        self.theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs] if theirs else []
+        self.cacheable = all(isinstance(p, CustomGraphPass) and p.uuid() for p in self.theirs) and self.settings.fuel < 0
+        self.refused: dict[str, str] = {}
+
+    def uuid(self) -> Any:
+        """Everything that the swapped graph depends on and torch's own key lacks.
+
+        None, which switches torch's caches off, if a pass of the user's has no uuid, or while `fuel` limits the swaps: what
+        is swapped then depends on the graphs before.
+        """
+        if not self.cacheable:
+            return None
+        chosen = sorted((key, plan.record_digest(d.record)) for key, d in self.decisions.items() if d.record)
+        return ("llmkernels", plan.source_digest(), self.settings.max_regions, chosen, [p.uuid() for p in self.theirs])
+
+    def __call__(self, graph: fx.Graph) -> None:
+        try:
+            if self._swap(graph):
+                tidy(graph)
+        except Exception as error:  # whatever our own code does wrong, the graph is still one that Inductor can compile
+            if self.settings.strict:
+                raise
+            log.warning("kept Inductor for the rest of graph %s: %s: %s", _graph_name(), type(error).__name__, error)
+        late_decompose(graph)
+        for their_pass in self.theirs:
+            their_pass(graph)
+
+    def _swap(self, graph: fx.Graph) -> int:
+        replaced: dict[fx.Node, fx.Node] = {}
+        swapped = 0
+        for region in find_tasks(graph, self.settings)[0]:
+            decision = self.decisions.get(region.task.key)
+            if decision is None or decision.record is None:
+                continue
+            if not plan.take_fuel(self.settings.fuel):
+                self.refused[region.task.key] = f"kept Inductor: the fuel of {self.settings.fuel} regions is spent"
+                continue
+            try:
+                call = swap(graph, region, decision.record, replaced)
+            except TaskError as error:
+                self.refused[region.task.key] = f"kept Inductor: {error}"
+                continue
+            bind(call.args[0], self.settings)
+            swapped += 1
+        return swapped
+
+
+def plan_of(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> Plan:
+    """The tasks of this graph: remembered from an earlier compilation, else discovered by a trace."""
+    digest = plan.graph_digest(gm, example_inputs, request)
+    known = plan.recall(digest, request.settings)
+    if known is None:
+        known = discover(gm, example_inputs, request)
+        plan.remember(digest, known, request.settings)
+    return known
+
+
+def discover(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> Plan:
+    """Trace the graph as far as its joint form, list what is in it, and drop the trace."""
+    nested = any(isinstance(module, fx.GraphModule) and module is not gm for module in gm.modules())
+    discovery = DiscoverPass(request.settings, nested)
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise Discovered
+
+    try:
+        with _subgraph_caches_restored():
+            _compile_fx(gm, example_inputs, request, discovery, inner_compile=stop)
+    except Discovered:
+        pass
+    return Plan(tuple(discovery.tasks), tuple(discovery.skipped))
+
+
+@contextmanager
+def _subgraph_caches_restored() -> Iterator[None]:
+    """Forget what a trace that is dropped left in Dynamo's caches of traced subgraphs (`nested_compile_region`)."""
+    context = torch._guards.TracingContext.try_get()
+    caches = list(context.hop_dispatch_set_cache.hop_cache_map.values()) if context else []
+    saved = [{name: value.copy() for name, value in vars(cache).items()} for cache in caches]
+    try:
+        yield
+    finally:
+        for cache, values in zip(caches, saved, strict=True):
+            vars(cache).update(values)
+
+
+def find_tasks(graph: fx.Graph, settings: Settings) -> tuple[list[RegionTask], list[RegionReport]]:
+    """The regions of a graph as `RegionTask`s, in graph order, and a report of every one that was not taken."""
+    regions, skipped = find_regions(graph)
+    reports = [RegionReport(s.signature, "", "", False, s.reason) for s in skipped]
+    found = []
+    for region in regions[: settings.max_regions]:
+        try:
+            found.append(task_of(region))
+        except TaskError as error:
+            reports.append(RegionReport(region.signature, "", "", False, f"kept Inductor: {error}"))
+    for region in regions[settings.max_regions :]:
+        reason = f"kept Inductor: more than max_regions={settings.max_regions} regions in one graph"
+        reports.append(RegionReport(region.signature, "", "", False, reason))
+    return found, reports
+
+
+def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
+    """One decision per task; see `torch_llmkernels.resolve`."""
+    if not tasks:
+        return []
+    from torch_llmkernels.resolve import resolve as look_up
+
+    return look_up(tasks, settings)
+
+
+def _give_up(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, error: Exception) -> Any:
+    """The graph goes to Inductor because of an error of ours, or with `strict` the error goes to the user."""
+    if request.settings.strict or request.settings.on_miss == "error":
+        raise error
+    reason = f"{type(error).__name__}: {error}"
+    log.warning("graph %s goes to Inductor: %s", _graph_name(), reason, exc_info=log.isEnabledFor(logging.DEBUG))
+    return compile_plain(gm, example_inputs, request, reason)
+
+
+def _report(found: Plan, decisions: Sequence[Decision], refused: Mapping[str, str]) -> None:
+    """Log one line per region, keep the report of the graph, and write it into torch's structured trace."""
+    regions = [RegionReport.of(task, decision) for task, decision in zip(found.tasks, decisions, strict=True)]
+    regions = [dataclasses.replace(r, swapped=False, reason=refused[r.key]) if r.key in refused else r for r in regions]
+    report = GraphReport(_graph_name(), (*regions, *found.skipped))
+    for region in report.regions:
+        log.info("%s", region.line)
+    registry.add(report)
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": "llmkernels_regions", "encoding": "json"}, payload_fn=report.to_json
+    )
+
+
+def _graph_name() -> str:
+    """torch's compile id of the graph at hand, such as `0/0`; `?` outside a compilation."""
+    return str(torch._guards.CompileContext.current_compile_id() or "?")

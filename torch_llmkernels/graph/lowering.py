@@ -1,0 +1,89 @@
+"""How Inductor compiles `llmk::region`: an extern kernel that writes into Inductor's own buffers.
+
+Outputs and workspaces are ordinary Inductor buffers, planned and reused like all others; the generated Python wrapper calls the
+slot directly, `llmk_softmax_1f2e(buf0, buf1, arg0, s0)`, without the dispatcher. A C++ wrapper calls `llmk::region_out` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, register_lowering
+from torch._inductor.virtualized import V
+from torch.utils._ordered_set import OrderedSet
+
+from torch_llmkernels.graph import op
+from torch_llmkernels.task import digest
+
+
+class RegionCall(ir.ExternKernel):
+    """`slot(*outputs, *workspaces, *inputs, *symbols)` in Inductor's Python wrapper."""
+
+    def __init__(self, spec: str, written: Sequence[Any], inputs: Sequence[Any], symbols: Sequence[Any]) -> None:
+        self.device = written[0].get_device()
+        none = ir.NoneLayout(device=self.device)
+        super().__init__(None, none, self.unwrap_storage([*written, *inputs]), tuple(symbols))
+        self.spec = spec
+        self.mutation_outputs = [ir.MutationOutput(none, buffer, self) for buffer in written]
+        V.graph.register_operation(self)
+        for buffer in written:
+            V.graph.mark_buffer_mutated(buffer.get_name())
+
+    def codegen(self, wrapper: Any) -> None:
+        signature = op.decode_spec(self.spec).task.signature.replace(".", "_")
+        name = f"llmk_{signature}_{digest(self.spec)[:12]}"
+        wrapper.add_import_once(f"from torch_llmkernels.graph.op import bind as llmk_bind; {name} = llmk_bind({self.spec!r})")
+        args = [buffer.codegen_reference() for buffer in self.inputs]
+        args += [wrapper.val_to_arg_str(symbol) for symbol in self.constant_args]
+        wrapper.writeline(f"{name}({', '.join(args)})")
+
+    def should_allocate(self) -> bool:
+        return False
+
+    def get_outputs(self) -> list[Any]:
+        return list(self.mutation_outputs)
+
+    def get_device(self) -> torch.device:
+        return self.device
+
+    def get_unbacked_symbol_defs(self) -> OrderedSet[Any]:
+        return OrderedSet()
+
+
+def _expressions(sizes: Sequence[Any]) -> list[Any]:
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes]
+
+
+def _buffer(size: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Any:
+    buffer = empty_strided(_expressions(size), _expressions(stride), dtype=dtype, device=device)
+    buffer.realize()
+    return buffer
+
+
+def _workspaces(spec: str, device: torch.device) -> list[Any]:
+    """The kernel's scratch memory as Inductor buffers; the launcher zeroes what has to be zero."""
+    layouts = op.workspace_layouts(op.decode_spec(spec), device)
+    strides = [torch._prims_common.make_contiguous_strides_for(w.shape) for w in layouts]
+    return [_buffer(w.shape, stride, getattr(torch, w.dtype), device) for w, stride in zip(layouts, strides, strict=True)]
+
+
+def _exact(value: Any, meta: torch.Tensor) -> Any:
+    """The input as a buffer with the strides of the task: kernels are keyed by them."""
+    return ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(value), _expressions(meta.stride()))
+
+
+@register_lowering(op.region_op(), type_promotion_kind=None)
+def lower_region(spec: str, ins: Sequence[Any], syms: Sequence[Any]) -> list[Any]:
+    """The lowering of `llmk::region`; outputs have exactly the strides that the graph promises."""
+    node = V.graph.current_node
+    values = node.meta["val"]
+    inputs = [_exact(value, arg.meta["val"]) for value, arg in zip(ins, node.args[1], strict=True)]
+    outputs = [_buffer(v.size(), v.stride(), v.dtype, v.device) for v in values]
+    if V.graph.cpp_wrapper:
+        ir.FallbackKernel.create(op.region_out_op(), spec, outputs, inputs, list(syms))
+    else:
+        RegionCall(spec, [*outputs, *_workspaces(spec, values[0].device)], inputs, syms)
+    return outputs

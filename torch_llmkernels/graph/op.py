@@ -1,0 +1,285 @@
+"""The runtime operator `llmk::region`, and the slot that a compiled graph calls instead of a region.
+
+A spec is everything a swapped region needs, as one string: its task, its kernel's source and constants. So a graph that torch
+loads from its compile cache in a fresh process, or on a machine without a compiler, still runs: `bind(spec)` builds the kernel,
+and where that fails the region runs its own program as the reference, with a logged reason.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import json
+import logging
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torch_llmkernels import settings as settings_module
+from torch_llmkernels.errors import LaunchError, LLMKernelsError, NotApplicable
+from torch_llmkernels.evaluation import Record
+from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task, TensorSpec, canonical_json, digest, evaluate_dim
+
+if TYPE_CHECKING:
+    from torch_llmkernels.kernels.launch import Workspace
+
+log = logging.getLogger("torch_llmkernels.graph.op")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The decoded form of a region operator's first argument.
+
+    Attributes:
+        task: What the region computes.
+        kernel_name: File stem of the kernel, for people.
+        kernel_text: The whole kernel file.
+        constants: Chosen tunables.
+    """
+
+    task: Task
+    kernel_name: str
+    kernel_text: str
+    constants: tuple[tuple[str, int], ...]
+
+    @property
+    def label(self) -> str:
+        """How messages name the region: `layer_norm [key] by kernel_name`."""
+        return f"{self.task.signature} [{self.task.key}] by {self.kernel_name}"
+
+
+def encode_spec(record: Record) -> str:
+    """The spec of a record: base64 of compressed JSON, because C++ wrappers paste it into a string literal unescaped."""
+    plain = {
+        "task": record.task.to_json(), "kernel_name": record.kernel_name, "kernel_text": record.kernel_text,
+        "constants": dict(record.constants),
+    }  # fmt: skip
+    return base64.urlsafe_b64encode(zlib.compress(canonical_json(plain).encode(), 9)).decode()
+
+
+@functools.lru_cache(maxsize=1024)
+def decode_spec(spec: str) -> Spec:
+    """The inverse of `encode_spec`.
+
+    Raises:
+        SchemaError: for a task of another schema version.
+    """
+    plain = json.loads(zlib.decompress(base64.urlsafe_b64decode(spec)))
+    task = Task.from_json(plain["task"])
+    return Spec(task, plain["kernel_name"], plain["kernel_text"], tuple(sorted(plain["constants"].items())))
+
+
+def concrete_layout(task: Task, tensor: TensorSpec, symbols: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Shape and stride of a tensor of the task; `symbols` are values in the task's order: ints, SymInts or sympy expressions."""
+    values = dict(zip((name for name, _ in task.symbols), symbols, strict=True))
+    hints = dict(task.symbols)
+
+    def dim(size: int | str) -> Any:
+        if isinstance(size, int):
+            return size
+        evaluate_dim(size, hints)  # refuses everything but arithmetic over the task's symbols
+        return eval(size, {"__builtins__": {}}, values)
+
+    return [dim(size) for size in tensor.shape], [dim(size) for size in tensor.stride]
+
+
+class Slot:
+    """One region of the process: what every compiled graph that holds it calls.
+
+    `fn` may be rebound at any time; the next call of every graph runs the new function, without a recompile (a CUDA graph
+    keeps what it recorded). Signature of the call: `slot(*outputs, *workspaces, *inputs, *symbols)`, tensors then ints.
+
+    Attributes:
+        spec: What it was bound from.
+        fn: The function that runs: at first one that builds the kernel, then its launcher.
+        reason: Why the region runs its reference; empty while it runs its kernel.
+    """
+
+    __slots__ = ("_launchers", "_lock", "_range", "_settings", "_warned", "fn", "reason", "spec")
+
+    def __init__(self, spec: Spec, settings: Settings) -> None:
+        self.spec = spec
+        self.fn: Callable[..., None] = self._first_call
+        self.reason = ""
+        self._settings = settings
+        self._launchers: dict[int, Callable[..., None]] = {}
+        self._lock = threading.Lock()
+        self._range = f"llmkernels::{spec.task.signature}"
+        self._warned: set[str] = set()
+
+    def __call__(self, *args: Any) -> None:
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch.profiler.record_function(self._range):
+                self.fn(*args)
+        else:
+            self.fn(*args)
+
+    def workspaces(self, device: torch.device) -> list[torch.Tensor]:
+        """Fresh workspaces for one call, uninitialised; empty if the region runs its reference."""
+        layouts = workspace_layouts(self.spec, device)
+        return [torch.empty(w.shape, dtype=getattr(torch, w.dtype), device=device) for w in layouts]
+
+    def run_reference(self, *args: Any) -> None:
+        """Compute the outputs with the region's own program."""
+        task = self.spec.task
+        outputs = args[: len(task.outputs)]
+        inputs = args[len(args) - len(task.inputs) - len(task.symbols) :]
+        with torch.no_grad():
+            for output, value in zip(outputs, _reference(task)(*inputs), strict=True):
+                output.copy_(value)
+
+    def _first_call(self, *args: Any) -> None:
+        """Build for the device of the first output, then run; later calls skip the look-up where one device is all there is."""
+        device = args[0].device
+        launcher = self._launcher(device)
+        self.fn = launcher if device.type == "cpu" or torch.cuda.device_count() == 1 else self._by_device
+        launcher(*args)
+
+    def _by_device(self, *args: Any) -> None:
+        index = args[0].device.index
+        (self._launchers.get(index) or self._launcher(args[0].device))(*args)
+
+    def _launcher(self, device: torch.device) -> Callable[..., None]:
+        index = device.index or 0
+        with self._lock:
+            if index not in self._launchers:
+                self._launchers[index] = self._build(device.type, index)
+            return self._launchers[index]
+
+    def _build(self, device_type: str, index: int) -> Callable[..., None]:
+        """The kernel's guarded launcher, or the reference if it cannot be built here."""
+        try:
+            if device_type != self.spec.task.device:
+                raise NotApplicable(f"made for {self.spec.task.device}, called with tensors on {device_type}")
+            return self._guard(build_launcher(self.spec, self._settings, index))
+        except LLMKernelsError as error:
+            if self._settings.strict:
+                raise
+            self._warn(f"runs its reference: {error}")
+            self.reason = str(error)
+            return self.run_reference
+
+    def _guard(self, launcher: Callable[..., None]) -> Callable[..., None]:
+        def launch(*args: Any) -> None:
+            try:
+                launcher(*args)
+            except (NotApplicable, LaunchError) as error:
+                if self._settings.strict and isinstance(error, LaunchError):
+                    raise
+                self._warn(f"runs its reference for some tensors: {error}")
+                self.run_reference(*args)
+
+        return launch
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("region %s %s", self.spec.label, message)
+
+
+_slots: dict[str, Slot] = {}
+_slots_lock = threading.Lock()
+
+
+def bind(spec: str, settings: Settings | None = None) -> Slot:
+    """The slot of a spec, one per process. Generated code calls this when it is loaded; the kernel is built at the first call.
+
+    Args:
+        spec: From `encode_spec`.
+        settings: Knobs of the compilation (store, compiler, strictness); only the first bind of a spec can give them.
+    """
+    key = digest(spec)
+    with _slots_lock:
+        if key not in _slots:
+            _slots[key] = Slot(decode_spec(spec), settings or settings_module.current())
+        return _slots[key]
+
+
+def slots() -> list[Slot]:
+    """Every slot of this process, in the order they were bound."""
+    with _slots_lock:
+        return list(_slots.values())
+
+
+def build_launcher(spec: Spec, settings: Settings, index: int) -> Callable[..., None]:
+    """The launcher of a spec on device `index`, its binary from the store if it is there.
+
+    Raises:
+        LLMKernelsError: if the kernel does not parse, compile or load here.
+    """
+    from torch_llmkernels.cache.store import open_store
+    from torch_llmkernels.kernels.source import parse_kernel
+    from torch_llmkernels.kernels.targets import build
+
+    kernel = parse_kernel(spec.kernel_text, spec.kernel_name)
+    return build(kernel, spec.task, dict(spec.constants), store=open_store(settings), index=index)
+
+
+def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]:
+    """The contiguous scratch tensors that the kernel needs on this device; none if it cannot be used here."""
+    from torch_llmkernels.kernels.launch import workspaces
+    from torch_llmkernels.kernels.source import parse_kernel
+    from torch_llmkernels.kernels.targets import target_for
+
+    try:
+        kernel = parse_kernel(spec.kernel_text, spec.kernel_name)
+        if not kernel.workspace:
+            return ()
+        return workspaces(kernel, spec.task, dict(spec.constants), target_for(device.type).facts(device.index or 0))
+    except LLMKernelsError:
+        return ()  # the build fails for the same reason, and says so
+
+
+@functools.lru_cache(maxsize=256)
+def _reference(task: Task) -> torch.fx.GraphModule:
+    from torch_llmkernels.program import module_of
+
+    return module_of(task)
+
+
+def _eager(spec: str, inputs: list[torch.Tensor], symbols: list[int]) -> list[torch.Tensor]:
+    outputs = _empty_outputs(spec, inputs, symbols)
+    _eager_out(spec, outputs, inputs, symbols)
+    return outputs
+
+
+def _eager_out(spec: str, outputs: list[torch.Tensor], inputs: list[torch.Tensor], symbols: list[int]) -> None:
+    slot = bind(spec)
+    slot(*outputs, *slot.workspaces(outputs[0].device), *inputs, *symbols)
+
+
+def _empty_outputs(spec: str, inputs: list[torch.Tensor], symbols: Sequence[Any]) -> list[torch.Tensor]:
+    """Uninitialised (or fake) outputs of the task's dtypes, shapes and strides, on the inputs' device."""
+    task = decode_spec(spec).task
+    layouts = [(concrete_layout(task, tensor, symbols), getattr(torch, tensor.dtype)) for tensor in task.outputs]
+    return [torch.empty_strided(size, stride, dtype=dtype, device=inputs[0].device) for (size, stride), dtype in layouts]
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("llmk", "FRAGMENT")
+    tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order]
+    library.define("region(str spec, Tensor[] ins, SymInt[] syms) -> Tensor[]", tags=tags)
+    library.define("region_out(str spec, Tensor(a!)[] outs, Tensor[] ins, SymInt[] syms) -> ()", tags=tags)
+    library.impl("region", _eager, "CompositeExplicitAutograd")
+    library.impl("region_out", _eager_out, "CompositeExplicitAutograd")
+    torch.library.register_fake("llmk::region", _empty_outputs, lib=library)
+    torch.library.register_fake("llmk::region_out", lambda spec, outs, ins, syms: None, lib=library)
+    return library
+
+
+_library = _define()  # keeps the registrations alive
+
+
+def region_op() -> torch._ops.OpOverload:
+    """`llmk::region(str spec, Tensor[] ins, SymInt[] syms) -> Tensor[]`: functional, new outputs."""
+    return torch.ops.llmk.region.default
+
+
+def region_out_op() -> torch._ops.OpOverload:
+    """`llmk::region_out(str spec, Tensor(a!)[] outs, Tensor[] ins, SymInt[] syms) -> ()`: what C++ wrappers call."""
+    return torch.ops.llmk.region_out.default

@@ -1,0 +1,122 @@
+"""Put one region operator where a region's nodes were."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from torch_llmkernels.errors import TaskError
+from torch_llmkernels.evaluation import Record
+from torch_llmkernels.graph import op
+
+if TYPE_CHECKING:
+    from torch_llmkernels.graph.task_of import RegionTask
+
+_COPIED_META = ("recompute", "ac_graph_id", "partitioner_tag", "stack_trace", "nn_module_stack", "seq_nr", "custom")
+
+
+def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
+    """Replace the region by a call of `llmk::region` bound to `record`, in place; returns the call.
+
+    The call goes after the region's last input. The region's nodes stay, unread: `tidy` drops them once all swaps are done.
+
+    Args:
+        graph: A functional ATen graph with fake values in `meta["val"]`.
+        region: What to replace.
+        record: The kernel, made for an equal task.
+        replaced: Outputs of earlier swaps of this graph and what took their place; this swap reads it and adds to it.
+
+    Raises:
+        TaskError: if a size cannot be read off the inputs, or an output's strides are not those the task promises. The
+            graph is then as it was.
+    """
+    replaced = {} if replaced is None else replaced
+    inputs = [replaced.get(node, node) for node in region.inputs]
+    anchor = _last(graph, inputs)
+    symbols = _symbol_nodes(graph, region, inputs, anchor)
+    with graph.inserting_after(symbols[-1] if symbols else anchor):
+        call = graph.call_function(op.region_op(), (op.encode_spec(record), inputs, symbols))
+    try:
+        _describe(call, region, record)
+    except TaskError:
+        for node in (call, *symbols):
+            graph.erase_node(node)
+        raise
+    with graph.inserting_after(call):
+        for i, old in reversed(list(enumerate(region.outputs))):
+            new = graph.call_function(operator.getitem, (call, i))
+            new.meta = dict(old.meta)
+            old.replace_all_uses_with(new)
+            replaced[old] = new
+    return call
+
+
+def tidy(graph: fx.Graph) -> None:
+    """Drop what the swaps left unread, and restore topological order: a swap may put a call behind the user of one output."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+    graph.eliminate_dead_code()
+
+
+def _last(graph: fx.Graph, inputs: Sequence[fx.Node]) -> fx.Node:
+    """The input that comes last; the last placeholder of the graph if all inputs are placeholders, which must stay together."""
+    among = set(inputs)
+    last = next(node for node in reversed(graph.nodes) if node in among)
+    return next(node for node in reversed(graph.nodes) if node.op == "placeholder") if last.op == "placeholder" else last
+
+
+def _symbol_nodes(graph: fx.Graph, region: RegionTask, inputs: Sequence[fx.Node], anchor: fx.Node) -> list[fx.Node]:
+    """One size node per symbol of the task, in its order, inserted after `anchor`."""
+    places = [_symbol_place(region, name) for name, _ in region.task.symbols]
+    nodes: list[fx.Node] = []
+    for position, query, dim in places:
+        with graph.inserting_after(nodes[-1] if nodes else anchor):
+            node = graph.call_function(query, (inputs[position], dim))
+        value = inputs[position].meta["val"]
+        node.meta["val"] = (value.size if query is torch.ops.aten.sym_size.int else value.stride)(dim)
+        nodes.append(node)
+    return nodes
+
+
+def _symbol_place(region: RegionTask, symbol: str) -> tuple[int, Any, int]:
+    """The position of the input, the query and the dimension that a symbol can be read from.
+
+    Raises:
+        TaskError: if it occurs only inside expressions.
+    """
+    for query, field in ((torch.ops.aten.sym_size.int, "shape"), (torch.ops.aten.sym_stride.int, "stride")):
+        for position, spec in enumerate(region.task.inputs):
+            if symbol in getattr(spec, field):
+                return position, query, getattr(spec, field).index(symbol)
+    raise TaskError(
+        f"{region.task.signature}: the size {symbol} is not the size of any input's dimension, so it cannot be passed on"
+    )
+
+
+def _describe(call: fx.Node, region: RegionTask, record: Record) -> None:
+    """Give the call its value and tags.
+
+    Raises:
+        TaskError: if an output of the graph has another dtype, shape or stride than the record's task says.
+    """
+    values = [node.meta["val"] for node in region.outputs]
+    symbols = [node.meta["val"] for node in call.args[2]]  # type: ignore[union-attr]
+    for spec, value in zip(record.task.outputs, values, strict=True):
+        shape, stride = op.concrete_layout(record.task, spec, symbols)
+        if not (_same(shape, value.shape) and _same(stride, value.stride()) and str(value.dtype) == f"torch.{spec.dtype}"):
+            found = f"{value.dtype} {tuple(value.shape)} stride {tuple(value.stride())}"
+            raise TaskError(f"{record.task.signature}: output {spec.name} is {found} in the graph, {spec} in the task")
+    call.meta["val"] = values
+    call.meta.update({name: region.outputs[0].meta[name] for name in _COPIED_META if name in region.outputs[0].meta})
+
+
+def _same(promised: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether two lists of sizes are equal for every value of their symbols (no guard is added)."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(promised) == len(found) and all(statically_known_true(a == b) for a, b in zip(promised, found, strict=True))

@@ -1,0 +1,159 @@
+"""What a captured graph holds: the tasks found in it once, remembered under a digest of the graph.
+
+Knowing the tasks before the graph is traced saves the second trace, and lets the key of torch's compile caches depend on what
+was decided for exactly these tasks. A plan holds no decision, so it cannot be stale: tasks are looked up anew each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import torch_llmkernels
+from torch_llmkernels.errors import LLMKernelsError, SchemaError
+from torch_llmkernels.evaluation import SCHEMA, Record
+from torch_llmkernels.options import Request
+from torch_llmkernels.registry import RegionReport
+from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task, canonical_json, digest
+
+log = logging.getLogger("torch_llmkernels.plan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The regions of one captured graph, forward and backward.
+
+    Attributes:
+        tasks: In graph order; equal regions give equal tasks.
+        skipped: Regions that were recognised but not taken, and why.
+    """
+
+    tasks: tuple[Task, ...]
+    skipped: tuple[RegionReport, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """For the store."""
+        skipped = [[r.signature, r.reason] for r in self.skipped]
+        return canonical_json({"schema": SCHEMA, "tasks": [t.to_json() for t in self.tasks], "skipped": skipped}).encode()
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Plan:
+        """The inverse of `to_bytes`.
+
+        Raises:
+            SchemaError: for another schema version.
+        """
+        plain = json.loads(blob)
+        if plain.get("schema") != SCHEMA:
+            raise SchemaError(f"plan schema {plain.get('schema')!r}, this release reads {SCHEMA}")
+        skipped = tuple(RegionReport(signature, "", "", False, reason) for signature, reason in plain["skipped"])
+        return cls(tuple(Task.from_json(t) for t in plain["tasks"]), skipped)
+
+
+_plans: dict[str, Plan] = {}
+_PREFIX = "plan/"
+
+
+def recall(key: str, settings: Settings) -> Plan | None:
+    """The plan remembered under `key`, here or in the store; None if there is none that can be read."""
+    if key in _plans:
+        return _plans[key]
+    try:
+        blob = _store(settings).get(_PREFIX + key)
+        if blob is not None:
+            _plans[key] = Plan.from_bytes(blob)
+    except LLMKernelsError as error:
+        log.info("no remembered plan: %s", error)
+    return _plans.get(key)
+
+
+def remember(key: str, found: Plan, settings: Settings) -> None:
+    """Keep a plan, here and in the store."""
+    _plans[key] = found
+    try:
+        _store(settings).put(_PREFIX + key, found.to_bytes())
+    except LLMKernelsError as error:
+        log.info("plan kept in this process only: %s", error)
+
+
+def forget() -> None:
+    """Drop the plans of this process (not the store's)."""
+    _plans.clear()
+
+
+def _store(settings: Settings) -> Any:
+    from torch_llmkernels.cache.store import open_store
+
+    return open_store(settings)
+
+
+def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> str:
+    """Digest of everything that decides which tasks a captured graph holds: code, tensors, modes and flags."""
+    modules = [(name, module) for name, module in gm.named_modules()]
+    code = [[name, module.graph.python_code("self").src] for name, module in modules if isinstance(module, fx.GraphModule)]
+    leaves = [[name, repr(module)] for name, module in modules if not isinstance(module, fx.GraphModule)]
+    state = [[name, _describe(t)] for name, t in (*gm.named_parameters(), *gm.named_buffers())]
+    options = sorted((name, repr(value)) for name, value in request.inductor.config.items())
+    return digest([
+        source_digest(), torch.__version__, code, leaves, state, [_describe(value) for value in example_inputs], options,
+        request.settings.max_regions, request.settings.specialize, _flags(),
+    ])  # fmt: skip
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {value}"
+    return f"{value.dtype} {tuple(value.shape)} {_strides(value)} {value.device} {value.requires_grad} {type(value).__name__}"
+
+
+def _strides(value: torch.Tensor) -> str:
+    return str(tuple(value.stride())) if value.layout is torch.strided else str(value.layout)
+
+
+def _flags() -> list[str]:
+    backends = torch.backends
+    values = (
+        torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
+        [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")],
+        torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32,
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction, backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        backends.cudnn.enabled, backends.mkldnn.enabled, backends.cuda.flash_sdp_enabled(), backends.cuda.math_sdp_enabled(),
+        backends.cuda.mem_efficient_sdp_enabled(), backends.cuda.cudnn_sdp_enabled(),
+    )  # fmt: skip
+    return [str(value) for value in values]
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the release and of the code that finds, keys and swaps regions: a change of either is another compiler."""
+    files = [*sorted(Path(__file__).parent.glob("graph/*.py")), Path(__file__).with_name("backend.py")]
+    return digest([torch_llmkernels.__version__, SCHEMA, *(digest(f.read_text()) for f in files)])
+
+
+def record_digest(record: Record) -> str:
+    """Digest of what a swap puts into the graph: the kernel's source and its constants."""
+    return digest([record.kernel_name, record.kernel_text, [list(pair) for pair in record.constants]])
+
+
+_fuel_lock = threading.Lock()
+_fuel_used = 0
+
+
+def take_fuel(limit: int) -> bool:
+    """Whether one more region may be swapped in this process; counts it if so. `limit` -1: no limit."""
+    global _fuel_used
+    with _fuel_lock:
+        if 0 <= limit <= _fuel_used:
+            return False
+        _fuel_used += 1
+        return True
