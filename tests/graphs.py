@@ -1,0 +1,62 @@
+"""Functional ATen graphs as the backend's pass sees them, captured without compiling anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+KEPT = """
+    native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward _fused_rms_norm
+    _fused_rms_norm_backward _native_batch_norm_legit_no_training _softmax _softmax_backward_data _log_softmax
+    _log_softmax_backward_data nll_loss_forward nll_loss_backward gelu gelu_backward silu silu_backward hardswish
+    hardswish_backward leaky_relu leaky_relu_backward addmm max_pool2d_with_indices max_pool2d_with_indices_backward
+    threshold_backward
+""".split()
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of the composites that regions are made of."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    kept = {getattr(getattr(torch.ops.aten, name), o) for name in KEPT for o in getattr(torch.ops.aten, name).overloads()}
+    return {op: fn for op, fn in select_decomp_table().items() if op not in kept}
+
+
+def capture(fn: Callable[..., Any], *inputs: Any, training: bool = False, dynamic: bool | None = False) -> fx.GraphModule:
+    """The inference graph of `fn(*inputs)`, or with `training` the joint forward and backward graph.
+
+    Raises:
+        RuntimeError: if Dynamo made more than one graph.
+    """
+    graphs: list[fx.GraphModule] = []
+
+    def forward_only(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(_snapshot(gm))
+        return gm.forward
+
+    def partition(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        graphs.append(_snapshot(joint))
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+    backend = aot_autograd(
+        fw_compiler=lambda gm, _: gm.forward, bw_compiler=lambda gm, _: gm.forward, inference_compiler=forward_only,
+        partition_fn=partition, decompositions=table(), keep_inference_input_mutations=True,
+    )  # fmt: skip
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=True)(*inputs)
+    if len(graphs) != 1:
+        raise RuntimeError(f"expected one graph, captured {len(graphs)}")
+    return graphs[0]
+
+
+def _snapshot(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes keep their metadata; the caller's passes may change the original."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)

@@ -1,0 +1,290 @@
+"""Which nodes of a functional ATen graph one kernel could replace.
+
+`find_regions` scans for anchors, matches every pattern at each, and takes matches greedily: those whose signature is in `prefer`
+first, then the ones with more calls, then the one that comes first in the graph. A match whose nodes are partly taken gives way
+to a shorter extent of itself. Everything that could have been a region and is none is a `Skipped` with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable
+
+import torch
+from torch import fx
+
+from torch_llmkernels.graph.calls import arguments, is_tensor, literal_of, nodes_in, op_name, unaliased
+from torch_llmkernels.graph.matching import Match, matches
+from torch_llmkernels.graph.patterns import PATTERNS, anchor_ops
+from torch_llmkernels.task import ITEMSIZE
+
+_TAGS = ("recompute", "ac_graph_id", "partitioner_tag")
+_DTYPES = frozenset(getattr(torch, name) for name in ITEMSIZE)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """Nodes that one kernel may replace.
+
+    Attributes:
+        signature: The name, such as `conv2d.relu.max_pool2d`.
+        nodes: In topological order; sizes are not among them.
+        inputs: (role, tensor node), in the order of the task; one node may have two roles.
+        outputs: (role, tensor node), the chain's result first.
+        roles: (node, schema argument) -> role of the input tensor, or name of the parameter, there.
+        first: Node -> its argument that comes first where the call commutes.
+        prefixes: Node -> what the parameters of its literals start with; empty for the anchor.
+    """
+
+    signature: str
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[tuple[str, fx.Node], ...]
+    outputs: tuple[tuple[str, fx.Node], ...]
+    roles: dict[tuple[fx.Node, str], str]
+    first: dict[fx.Node, str]
+    prefixes: dict[fx.Node, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A candidate that did not become a region.
+
+    Attributes:
+        signature: What it would have been, or its anchor's op if no pattern matched.
+        node: Name of its anchor in the graph.
+        reason: One line.
+    """
+
+    signature: str
+    node: str
+    reason: str
+
+
+def has_anchor(graph: fx.Graph) -> bool:
+    """Whether some node of an ATen graph could start a region: one pass over the targets, nothing else."""
+    ops = anchor_ops()
+    return any(op_name(n) in ops for n in graph.nodes)
+
+
+def find_regions(graph: fx.Graph, prefer: Collection[str] = ()) -> tuple[list[Region], list[Skipped]]:
+    """The regions of a functional ATen graph (inference, or joint forward and backward) and what was not taken.
+
+    Args:
+        graph: With `meta["val"]` on every node.
+        prefer: Signatures that a kernel exists for: a shorter match of one of these wins over a longer one that has none.
+
+    Returns:
+        Regions in topological order of their first node. No two overlap, and replacing all of them leaves no cycle.
+    """
+    if not has_anchor(graph):
+        return [], []
+    finder = _Finder(graph)
+    found, skipped = _candidates(graph, finder.backward)
+    order = finder.order
+    found.sort(key=lambda m: (m.signature not in prefer, -m.calls, min(order[n] for n in m.nodes)))
+    refused: dict[fx.Node, Skipped] = {}
+    for match in found:
+        if match.anchor in finder.anchors:
+            continue
+        reason = finder.refusal(match)
+        if reason:
+            refused.setdefault(match.anchor, Skipped(match.signature, match.anchor.name, reason))
+        else:
+            finder.take(match)
+    skipped += refused.values()
+    return sorted(finder.regions, key=lambda r: order[r.nodes[0]]), skipped
+
+
+def _candidates(graph: fx.Graph, backward: Collection[fx.Node]) -> tuple[list[Match], list[Skipped]]:
+    by_op: dict[str, list] = {}
+    for pattern in PATTERNS:
+        by_op.setdefault(pattern.anchor.op, []).append(pattern)
+    found: list[Match] = []
+    skipped: list[Skipped] = []
+    for node in graph.nodes:
+        here: list[Match] = []
+        reasons: list[str] = []
+        for pattern in by_op.get(op_name(node), ()):
+            result = matches(pattern, node, backward)
+            if isinstance(result, str):
+                reasons.append(result)
+            else:
+                here += [m for m in result if m.calls >= pattern.minimum]
+        found += here
+        if reasons and not here:
+            skipped.append(Skipped(op_name(node), node.name, reasons[0]))
+    return found, skipped
+
+
+class _Finder:
+    """The state of one selection: what is taken, and the contracted graph that the cycle check runs on."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.order = {n: i for i, n in enumerate(graph.nodes)}
+        self.backward = _backward_nodes(graph)
+        self.regions: list[Region] = []
+        self.anchors: set[fx.Node] = set()
+        self._owner: dict[fx.Node, Region] = {}
+
+    def refusal(self, match: Match) -> str:
+        """Why the match cannot be taken now; empty if it can."""
+        taken = next((self._owner[n] for n in match.nodes if n in self._owner), None)
+        if taken:
+            return f"overlaps {taken.signature}"
+        checks: Iterable[Callable[[], str]] = (
+            lambda: _tag_refusal(match.nodes),
+            lambda: _tensor_refusal(match),
+            lambda: self._cycle(set(match.nodes)),
+            lambda: "" if _outputs(match) else "nothing reads its result",
+        )
+        return next((r for r in (check() for check in checks) if r), "")
+
+    def take(self, match: Match) -> None:
+        """Make the match a region."""
+        region = _region(match, self.order)
+        self.regions.append(region)
+        self.anchors.add(match.anchor)
+        for node in region.nodes:
+            self._owner[node] = region
+
+    def _cycle(self, inside: set[fx.Node]) -> str:
+        """A path that leaves the nodes and comes back, with every taken region as one node; empty if there is none."""
+        limit = self._limit(inside)
+        queue = [i for n in inside for i in n.all_input_nodes if i not in inside]
+        seen: set[fx.Node] = set()
+        while queue:
+            node = queue.pop()
+            if node in inside:
+                return "a path leaves it and comes back"
+            if node in seen or self.order[node] < limit:
+                continue
+            members = self._owner[node].nodes if node in self._owner else (node,)
+            seen.update(members)
+            queue += [i for m in members for i in m.all_input_nodes if i not in members]
+        return ""
+
+    def _limit(self, inside: set[fx.Node]) -> int:
+        """A position that no taken region spans, at or before the first of the nodes: nothing before it can reach back."""
+        limit, moved = min(self.order[n] for n in inside), True
+        while moved:
+            spans = [(self.order[r.nodes[0]], self.order[r.nodes[-1]]) for r in self.regions]
+            lower = min((a for a, b in spans if a < limit <= b), default=limit)
+            moved, limit = lower < limit, lower
+        return limit
+
+
+def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that depend on a gradient in a joint graph; none in an inference graph."""
+    late = {n for n in graph.nodes if n.op == "placeholder" and n.name.startswith("tangents")}
+    for node in graph.nodes if late else ():
+        if any(i in late for i in node.all_input_nodes):
+            late.add(node)
+    return late
+
+
+def _tag_refusal(nodes: tuple[fx.Node, ...]) -> str:
+    for tag in _TAGS:
+        if len({str(n.meta.get(tag)) for n in nodes}) > 1:
+            return f"its nodes differ in {tag}"
+    return ""
+
+
+def _tensor_refusal(match: Match) -> str:
+    """Why some tensor of the match is outside of what kernels serve."""
+    tensors = {n for m in match.nodes for n in (m, *m.all_input_nodes) if is_tensor(n)}
+    scalars = {n for n in tensors if op_name(n) in ("aten.scalar_tensor.default", "aten.full.default")}
+    for node in tensors - scalars:
+        reason = _value_refusal(node.meta["val"])
+        if reason:
+            return f"{node.name} {reason}"
+    devices = {n.meta["val"].device for n in tensors - scalars}
+    if len(devices) > 1:
+        return f"its tensors are on {' and '.join(sorted(map(str, devices)))}"
+    return ""
+
+
+def _value_refusal(value: torch.Tensor) -> str:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if type(value) not in (FakeTensor, torch.Tensor, torch.nn.Parameter):
+        return f"is a {type(value).__name__}"
+    if value.device.type not in ("cpu", "cuda"):
+        return f"is on {value.device.type}"
+    if value.layout is not torch.strided or value.is_quantized or value.dtype not in _DTYPES:
+        return f"has dtype {value.dtype} and layout {value.layout}".replace("torch.", "")
+    if value.is_complex() or value.is_conj() or value.is_neg():
+        return "is complex, conjugated or negated"
+    if any(isinstance(s, int) and s == 0 for s in value.shape):
+        return "has no elements"
+    return _symbol_refusal(value)
+
+
+def _symbol_refusal(value: torch.Tensor) -> str:
+    symbolic = [s for s in (*value.shape, *value.stride()) if isinstance(s, torch.SymInt)]
+    if any(str(f).startswith(("u", "zuf")) for s in symbolic for f in s.node.expr.free_symbols):
+        return "has a size that depends on data"
+    return ""
+
+
+def _outputs(match: Match) -> list[tuple[str, fx.Node]]:
+    """(role, node) of everything that something outside reads, the chain's result first."""
+    inside = set(match.nodes)
+    named = {n: role for s in match.steps for n, role in s.outputs.items()}
+    last = match.steps[-1].result
+    named[last] = _result_role(match, last)
+    read = [n for s in match.steps for n in s.nodes if is_tensor(n) and any(u not in inside for u in n.users)]
+    read.sort(key=lambda n: n is not last)
+    outputs: list[tuple[str, fx.Node]] = []
+    for node in read:
+        role, taken = _role(node, named), {r for r, _ in outputs}
+        count = sum(1 for r in taken if r == role or r.startswith(f"{role}_"))
+        outputs.append((role if role not in taken else f"{role}_{count}", node))
+    return outputs
+
+
+def _role(node: fx.Node, named: dict[fx.Node, str]) -> str:
+    """The role of a value; a view has that of what it looks at."""
+    while node not in named:
+        node = node.args[0]  # type: ignore[assignment]
+    return named[node]
+
+
+def _result_role(match: Match, last: fx.Node) -> str:
+    """The role of the chain's last value: the pattern's, unless the anchor ends the chain with another of its outputs."""
+    step = match.steps[-1]
+    several = op_name(last) == "getitem" and last.args[1] != 0
+    return step.outputs[last] if several else match.pattern.result
+
+
+def _region(match: Match, order: dict[fx.Node, int]) -> Region:
+    inside = set(match.nodes)
+    roles = {at: name for s in match.steps for at, name in s.roles.items()}
+    first = {n: a for s in match.steps for n, a in s.chain.items()}
+    top = match.steps[0]
+    for node, argument in first.items():
+        if (node, argument) not in roles and _argument_is(node, argument, top.source, inside):
+            roles[node, argument] = match.pattern.entry
+    inputs = _inputs(match, roles)
+    prefixes = {n: s.prefix for s in match.steps for n in s.nodes}
+    prefixes |= {n: "" for s in match.steps if match.anchor in s.nodes for n in s.nodes}
+    return Region(
+        match.signature, tuple(sorted(inside, key=order.__getitem__)), inputs, tuple(_outputs(match)), roles, first, prefixes
+    )
+
+
+def _argument_is(node: fx.Node, argument: str, source: fx.Node, inside: set[fx.Node]) -> bool:
+    return source not in inside and arguments(node)[argument] is source
+
+
+def _inputs(match: Match, roles: dict[tuple[fx.Node, str], str]) -> tuple[tuple[str, fx.Node], ...]:
+    """(role, node) of every tensor from outside: the chain's first value, then in the order of the calls and their schemas."""
+    inside, found = set(match.nodes), {}
+    for node in match.nodes:
+        if op_name(node) == "getitem":
+            continue
+        for name, value in arguments(node).items():
+            for read in nodes_in(value):
+                if is_tensor(read) and read not in inside and literal_of(read) is None:
+                    found.setdefault(roles.get((node, name), match.pattern.entry), unaliased(read))
+    entry = match.pattern.entry
+    return tuple(sorted(found.items(), key=lambda item: item[0] != entry))

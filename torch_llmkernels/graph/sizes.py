@@ -1,0 +1,129 @@
+"""Symbolic sizes of a region as the task writes them: `d0`, `d1`, ... and integer expressions over those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from torch_llmkernels.errors import TaskError
+from torch_llmkernels.graph.calls import size
+from torch_llmkernels.task import Dim
+
+
+class Sizes:
+    """Names of the dynamic sizes of one region, given out in order of first use.
+
+    A product of sizes that an input has as one dimension (`B*T` after flattening) and that occurs only as that product becomes
+    one symbol, so that the task does not depend on how the caller's tensor was shaped before.
+
+    Args:
+        values: Every tensor of the region, inputs, outputs and intermediates.
+        inputs: Those that are inputs.
+    """
+
+    def __init__(self, values: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        self._names: dict[sympy.Expr, str] = {}
+        self._hints: dict[sympy.Expr, int] = {}
+        symbolic = [s for v in values for s in (*v.shape, *v.stride()) if isinstance(s, torch.SymInt)]
+        for value in symbolic:
+            self._note(value)
+        everything = {size(s) for s in symbolic}
+        whole = [size(s) for v in inputs for s in v.shape if isinstance(s, torch.SymInt)]
+        self._whole = [e for e in dict.fromkeys(whole) if isinstance(e, sympy.Mul) and _only_as_factor(e, everything)]
+        self._stand_in = {e: sympy.Symbol(f"whole{i}", integer=True, positive=True) for i, e in enumerate(self._whole)}
+
+    def _note(self, value: torch.SymInt) -> None:
+        hint = value.node.hint
+        if hint is not None:
+            self._hints.setdefault(value.node.expr, int(hint))
+        for symbol in value.node.expr.free_symbols:
+            known = _known_values(value.node.shape_env).get(symbol)
+            if known is not None:
+                self._hints.setdefault(symbol, int(known))
+
+    def dim(self, value: Any) -> Dim:
+        """A size or stride as the task writes it.
+
+        Raises:
+            TaskError: for an expression that is not made of sums, products, integer division and remainder.
+        """
+        expression = size(value)
+        if isinstance(expression, int):
+            return expression
+        for whole, stand_in in self._stand_in.items():
+            if whole.free_symbols & expression.free_symbols:
+                expression = sympy.cancel(expression / whole) * stand_in
+        return _printed(expression, self._name)
+
+    def _name(self, symbol: sympy.Expr) -> str:
+        if symbol not in self._names:
+            self._names[symbol] = f"d{len(self._names)}"
+        return self._names[symbol]
+
+    def _meaning(self, symbol: sympy.Expr) -> sympy.Expr:
+        return {v: k for k, v in self._stand_in.items()}.get(symbol, symbol)
+
+    def symbols(self) -> tuple[tuple[str, int], ...]:
+        """Every name that was given out, with the size seen now.
+
+        Raises:
+            TaskError: if a size has never been seen (it depends on data).
+        """
+        try:
+            return tuple((name, self._hints[self._meaning(s)]) for s, name in self._names.items())
+        except KeyError as error:
+            raise TaskError(f"size {error} depends on data; the region stays with Inductor") from None
+
+    def sources(self, graph: fx.Graph) -> tuple[fx.Node | None, ...]:
+        """For every name a node of the graph whose value is that size (the first), or None."""
+        held: dict[sympy.Expr, fx.Node] = {}
+        for node in graph.nodes if self._names else ():
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                held.setdefault(value.node.expr, node)
+        return tuple(held.get(self._meaning(s)) for s in self._names)
+
+
+def _known_values(shape_env: Any) -> dict[sympy.Symbol, Any]:
+    """Sizes seen for the environment's symbols; the attribute was renamed between torch releases."""
+    return getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+
+
+def _only_as_factor(whole: sympy.Expr, everything: Iterable[Any]) -> bool:
+    """Whether no size mentions the symbols of `whole` other than by a factor `whole`."""
+    mine = whole.free_symbols
+    others = [e for e in everything if not isinstance(e, int) and e.free_symbols & mine]
+    return all(not (sympy.cancel(e / whole).free_symbols & mine) for e in others)
+
+
+def _printed(expression: sympy.Expr, name: Any) -> str:
+    """The expression in Python, the same text for equal expressions (operands are ordered by their own text)."""
+    kind = type(expression).__name__
+    if expression.is_Symbol:
+        return name(expression)
+    if expression.is_Integer:
+        return str(int(expression))
+    if expression.is_Mul or expression.is_Add:
+        return _printed_operands(expression, name)
+    if expression.is_Pow and expression.exp.is_Integer and expression.exp > 0:
+        return "*".join([_operand(expression.base, name)] * int(expression.exp))
+    if kind in ("FloorDiv", "CleanDiv") or kind in ("Mod", "PythonMod"):
+        a, b = (_operand(e, name) for e in expression.args)
+        return f"({a}{'//' if kind in ('FloorDiv', 'CleanDiv') else '%'}{b})"
+    raise TaskError(f"size {expression} ({kind}) is too complex for a task; the region stays with Inductor")
+
+
+def _printed_operands(expression: sympy.Expr, name: Any) -> str:
+    ordered = sorted(expression.args, key=lambda e: (not e.is_Integer, len(e.free_symbols), str(e)))
+    if expression.is_Mul:
+        return "*".join(_operand(e, name) for e in ordered)
+    return "+".join(_operand(e, name) for e in [*[e for e in ordered if not e.is_Integer], *[e for e in ordered if e.is_Integer]])
+
+
+def _operand(expression: sympy.Expr, name: Any) -> str:
+    text = _printed(expression, name)
+    return f"({text})" if expression.is_Add or text.startswith("-") else text

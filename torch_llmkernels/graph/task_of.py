@@ -1,0 +1,219 @@
+"""A region's canonical task: what it computes, independent of how the graph around it was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_llmkernels.errors import TaskError
+from torch_llmkernels.graph.calls import COMMUTATIVE, arguments, canonical_op, is_tensor, literal_of, op_name, shape, unaliased
+from torch_llmkernels.graph.regions import Region
+from torch_llmkernels.graph.sizes import Sizes
+from torch_llmkernels.task import Node, Numerics, Task, TensorSpec, encode_literal
+
+_INLINE = frozenset({
+    "half_to_float", "transposed", "output_padding", "alpha", "beta", "output_mask", "threshold", "approximate", "dropout_p",
+    "compute_log_sumexp", "return_debug_mask", "N", "C", "HxW", "bias_sizes", "keepdim", "exponent", "momentum",
+})  # fmt: skip
+"""Arguments that stay in the program: a pattern fixes them, or the shapes of the tensors say the same."""
+
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten.baddbmm.default")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RegionTask:
+    """A region with its task.
+
+    Attributes:
+        task: What the region computes.
+        region: Where it is.
+        inputs: The graph nodes of `task.inputs`, in their order; a node may occur twice.
+        outputs: The graph nodes of `task.outputs`, in their order.
+        symbols: For each of `task.symbols` a graph node that holds its value, or None if no node holds just that.
+    """
+
+    task: Task
+    region: Region
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    symbols: tuple[fx.Node | None, ...]
+
+
+def task_of(region: Region, *, constant: Collection[fx.Node] = frozenset()) -> RegionTask:
+    """The canonical task of a region, under the precision flags in force now.
+
+    Args:
+        region: From `find_regions`.
+        constant: Graph nodes whose value never changes while the compiled graph lives (frozen parameters).
+
+    Raises:
+        TaskError: if the region has no canonical encoding: an argument or a size expression outside of the task language.
+    """
+    nodes = [n for _, n in (*region.inputs, *region.outputs)] + list(region.nodes)
+    sizes = Sizes([n.meta["val"] for n in nodes if is_tensor(n)], [n.meta["val"] for _, n in region.inputs])
+    inputs = tuple(_spec(role, node, sizes) for role, node in region.inputs)
+    outputs = tuple(_spec(role, node, sizes) for role, node in region.outputs)
+    program = _Program(region, sizes)
+    results = tuple(program.value(node) for _, node in region.outputs)
+    task = Task(
+        signature=region.signature,
+        program=tuple(program.nodes),
+        inputs=inputs,
+        outputs=outputs,
+        results=results,
+        params=tuple(sorted(program.params.items())),
+        numerics=_numerics(region, program),
+        device=region.outputs[0][1].meta["val"].device.type,
+        symbols=sizes.symbols(),
+        constant=tuple(role for role, node in region.inputs if node in constant),
+    )
+    tensors = [tuple(n for _, n in group) for group in (region.inputs, region.outputs)]
+    return RegionTask(task, region, *tensors, sizes.sources(region.nodes[0].graph))
+
+
+def _spec(role: str, node: fx.Node, sizes: Sizes) -> TensorSpec:
+    value = node.meta["val"]
+    dtype = str(value.dtype).removeprefix("torch.")
+    return TensorSpec(role, dtype, tuple(map(sizes.dim, value.shape)), tuple(map(sizes.dim, value.stride())))
+
+
+class _Program:
+    """The calls in the order in which the outputs need them (depth first, arguments in schema order)."""
+
+    def __init__(self, region: Region, sizes: Sizes) -> None:
+        self.nodes: list[Node] = []
+        self.params: dict[str, Any] = {}
+        self._region, self._sizes = region, sizes
+        self._inside = set(region.nodes)
+        self._names: dict[fx.Node, str] = {}
+
+    def value(self, node: fx.Node) -> str:
+        """The name of a node's value in the program; the calls it needs are appended first."""
+        if node in self._names:
+            return self._names[node]
+        if self._is_identity(node):
+            self._names[node] = self.value(node.args[0])  # type: ignore[arg-type]
+            return self._names[node]
+        if op_name(node) == "getitem":
+            op, args = "getitem", ({"v": self.value(node.args[0])}, node.args[1])  # type: ignore[arg-type]
+        else:
+            op, args = self._call(node)
+        self._names[node] = f"n{len(self.nodes)}"
+        self.nodes.append(Node(self._names[node], op, args))
+        return self._names[node]
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        same_shape = op_name(node) == "aten.expand.default" and shape(node) == shape(node.args[0])  # type: ignore[arg-type]
+        return op_name(node) == "aten.alias.default" or same_shape
+
+    def _call(self, node: fx.Node) -> tuple[str, tuple[Any, ...]]:
+        op, given = _rewritten(node, arguments(node), self._region.roles)
+        names = list(given)
+        if op in COMMUTATIVE and self._region.first.get(node) == names[1]:
+            given = {names[0]: given[names[1]], names[1]: given[names[0]], **{n: given[n] for n in names[2:]}}
+            names[:2] = names[1], names[0]
+        pairs = zip(names, given.values(), strict=True)
+        return op, tuple(self._encoded(node, name, value) for name, value in pairs)
+
+    def _encoded(self, node: fx.Node, name: str, value: Any) -> Any:
+        if isinstance(value, fx.Node) and literal_of(value) is not None:
+            value = float(literal_of(value))  # type: ignore[arg-type]
+        if is_tensor(value):
+            return {"v": self._operand(node, name, value)}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, torch.device):
+            return {"device": value.type}
+        if value is None:
+            return None
+        if name == "size":
+            value = list(node.meta["val"].shape)  # -1 spelled out
+        encoded = [self._size(v) for v in value] if isinstance(value, (list, tuple)) else self._size(value)
+        symbolic = isinstance(encoded, dict) or (isinstance(encoded, list) and any(isinstance(v, dict) for v in encoded))
+        if symbolic or name in _INLINE:
+            return encoded if symbolic else encode_literal(value)
+        return {"p": self._lift(node, name, tuple(value) if isinstance(value, list) else value)}
+
+    def _size(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, torch.SymInt):
+            dim = self._sizes.dim(value)
+            return dim if isinstance(dim, int) else {"s": dim}
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TaskError(f"{self._region.signature}: an argument of type {type(value).__name__} has no encoding")
+
+    def _operand(self, node: fx.Node, name: str, value: fx.Node) -> str:
+        if value in self._inside:
+            return self.value(value)
+        role = self._region.roles.get((node, name))
+        by_node = {n: r for r, n in reversed(self._region.inputs)}
+        return role if role else by_node[unaliased(value)]
+
+    def _lift(self, node: fx.Node, name: str, value: Any) -> str:
+        """The literal as a parameter of the task; returns the parameter's name."""
+        prefix = self._region.prefixes[node]
+        wanted = self._region.roles.get((node, name)) or (f"{prefix}_{name}" if prefix else name)
+        chosen, count = wanted, 0
+        while chosen in self.params:
+            count += 1
+            chosen = f"{wanted}_{count}"
+        self.params[chosen] = value
+        return chosen
+
+
+def _rewritten(
+    node: fx.Node, given: dict[str, Any], roles: dict[tuple[fx.Node, str], str]
+) -> tuple[str, dict[str, Any]]:
+    """The call with shape-dependent defaults filled in, spelled canonically where several spellings agree bit for bit."""
+    op = canonical_op(node)
+    if op == "aten.div.Tensor" and roles.get((node, "other")) == "scale":
+        return "aten.mul.Tensor", {"self": given["self"], "other": 1.0 / literal_of(given["other"])}  # type: ignore[operator]
+    if op == "aten.where.self":
+        scalars = [n for n in ("self", "other") if literal_of(given[n]) is not None]
+        op = {"self": "aten.where.ScalarSelf", "other": "aten.where.ScalarOther"}[scalars[0]] if len(scalars) == 1 else op
+    if op == "aten._native_batch_norm_legit_no_training.default":
+        given = {**given, "momentum": 0.0}  # not read in evaluation
+    if "scale" in given and given["scale"] is None and "query" in given:
+        head = shape(given["query"])[-1]
+        given = {**given, "scale": 1.0 / math.sqrt(head) if isinstance(head, int) else None}
+    if op == "aten._fused_rms_norm.default" and given["eps"] is None:
+        double = given["input"].meta["val"].dtype is torch.float64
+        given = {**given, "eps": torch.finfo(torch.float64 if double else torch.float32).eps}  # of the dtype it computes in
+    return op, given
+
+
+def _numerics(region: Region, program: _Program) -> Numerics:
+    """The precision flags that the program reads; the others keep their defaults, so that they do not split keys."""
+    ops = [n.op for n in program.nodes]
+    value = region.inputs[0][1].meta["val"]
+    single, cuda = value.dtype is torch.float32, value.device.type == "cuda"
+    products = any(op in _PRODUCTS or "attention" in op for op in ops)
+    convolution = any(op.startswith("aten.convolution") for op in ops)
+    backends = torch.backends
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    reduced = backends.cuda.matmul.allow_fp16_reduced_precision_reduction if value.dtype is torch.float16 else (
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    )
+    return Numerics(
+        matmul=_precision((backends.cuda if cuda else backends.mkldnn).matmul.fp32_precision) if products and single else "ieee",
+        conv=_precision((backends.cudnn if cuda else backends.mkldnn).conv.fp32_precision) if convolution and single else "ieee",
+        reduced_precision_reduction=bool(_first(reduced)) if products and half and cuda else False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _precision(name: str) -> str:
+    """torch says `none` where nothing was chosen: that computes in full precision."""
+    return "ieee" if name == "none" else name
+
+
+def _first(flag: Any) -> Any:
+    """Some releases answer with a pair (allow, allow split-k)."""
+    return flag[0] if isinstance(flag, tuple) else flag
