@@ -1,0 +1,231 @@
+"""The command line: exit codes, one-line errors, and what each command tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tasks
+from tests.records import KERNEL, decision_for, key_for, record_for
+from torch_llmkernels.cache.key import RecordKey
+from torch_llmkernels.cache.library import Library
+from torch_llmkernels.cache.store import Store
+from torch_llmkernels.cli import main
+from torch_llmkernels.cli.doctor import Finding, examine
+from torch_llmkernels.cli.explain import explain, made, plans
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.settings import Settings
+
+TASK = tasks.layer_norm_task()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch) -> Store:
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "store"))
+    monkeypatch.setenv("LLMKERNELS_LIBRARY_DIR", str(tmp_path / "library"))
+    Library(tmp_path / "library").add(record_for(tasks.layer_norm_task(cols=256)))
+    return Store(tmp_path / "store")
+
+
+def usage_error(*argv: str) -> int:
+    with pytest.raises(SystemExit) as exit:
+        main(argv)
+    return exit.value.code
+
+
+def test_wrong_usage_is_2(store: Store, capsys) -> None:
+    assert usage_error() == usage_error("nonsense") == usage_error("cache", "show") == 2
+    assert main(["explain", "no_factory_here"]) == 2
+    assert "SCRIPT.py:FUNCTION" in capsys.readouterr().err
+
+
+def test_misspelt_environment_is_one_line_and_2(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LLMKERNELS_STRICKT", "1")
+    assert main(["settings"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "did you mean 'strict'" in err
+
+
+def test_debug_shows_the_traceback(store: Store) -> None:
+    with pytest.raises(Exception, match="has no function"):
+        main(["--debug", "explain", "json:nothing"])
+
+
+def test_importing_the_command_line_is_light() -> None:
+    code = "import sys, torch_llmkernels.cli as cli; cli.parser()\n"
+    code += "assert not {'torch', 'openai', 'diskcache', 'rich', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_module_and_script_are_the_same(store: Store) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch_llmkernels.cli", "cache", "list"], capture_output=True, text=True, check=True
+    )
+    assert str(store.directory) in done.stdout
+
+
+def test_list_and_show(store: Store, capsys) -> None:
+    store.put_decision(key_for(TASK), decision_for(TASK))
+    store.put_binary("k", b"code")
+    assert main(["cache", "list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [row["key"].split("/")[0] for row in listed] == ["decision", "binary"]
+    assert "swapped: 2.00x" in listed[0]["what"] and "x:float32[8,64]" in listed[0]["what"]
+    assert main(["cache", "show", TASK.key]) == 0
+    assert json.loads(capsys.readouterr().out)["decision"]["record"]["kernel_text"] == KERNEL
+
+
+def test_show_wants_one_entry(store: Store, capsys) -> None:
+    for task in (TASK, tasks.layer_norm_task(cols=128)):
+        store.put_decision(key_for(task), decision_for(task))
+    assert main(["cache", "show", "layer_norm"]) == 1
+    assert "is in 2 keys" in capsys.readouterr().err
+    assert main(["cache", "show", "softmax"]) == 1
+    assert "llmkernels cache list" in capsys.readouterr().err
+
+
+def test_rm_removes_one_entry(store: Store, capsys) -> None:
+    store.put_decision(key_for(TASK), decision_for(TASK))
+    assert main(["cache", "rm", TASK.key]) == 0
+    assert store.decision(key_for(TASK)) is None
+    assert main(["cache", "rm", TASK.key]) == 1
+
+
+def test_verify_finds_damage_and_names_the_remedy(store: Store, capsys) -> None:
+    store.put_decision(key_for(TASK), decision_for(TASK))
+    assert main(["cache", "verify"]) == 0
+    capsys.readouterr()
+    name = f"decision/{dataclasses.replace(key_for(TASK), driver='moved').text}"
+    store.put(name, store.get(f"decision/{key_for(TASK).text}"))
+    assert main(["cache", "verify", "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)
+    assert "do not give its key" in problem and f"llmkernels cache rm {name}" in problem
+
+
+def test_verify_finds_kernels_that_do_not_parse(store: Store, tmp_path: Path, capsys) -> None:
+    (tmp_path / "library" / "layer_norm" / "bad.cpp").write_text("no header")
+    assert main(["cache", "verify"]) == 1
+    assert "bad.cpp" in capsys.readouterr().out
+
+
+def test_export_and_import_carry_candidates(store: Store, tmp_path: Path, monkeypatch, capsys) -> None:
+    store.put_decision(key_for(TASK), decision_for(TASK))
+    bundle = str(tmp_path / "mine.llmk")
+    assert main(["cache", "export", bundle]) == 0
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "other"))
+    assert main(["cache", "import", bundle]) == 0
+    assert "added 1 candidates" in capsys.readouterr().out
+    other = Store(tmp_path / "other")
+    assert [record.origin for record in other.imported("layer_norm")] == ["import:mine"] and list(other.decisions()) == []
+
+
+def test_import_of_something_else_is_one_line_and_1(store: Store, tmp_path: Path, capsys) -> None:
+    (tmp_path / "x.llmk").write_text("hello")
+    assert main(["cache", "import", str(tmp_path / "x.llmk")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "not a bundle" in err and "x.llmk" in err
+
+
+def test_unusable_store_is_one_line_and_1(tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "file"))
+    assert main(["cache", "list"]) == 1
+    assert "is not a directory" in capsys.readouterr().err
+
+
+def found(settings: Settings) -> dict[str, Finding]:
+    return {finding.topic.strip(): finding for finding in examine(settings)}
+
+
+def test_doctor_reports_what_is_here(store: Store, tmp_path: Path) -> None:
+    store.put_decision(key_for(TASK), decision_for(TASK))
+    report = found(Settings.from_environment())
+    assert {"python", "torch", "C++ compiler", "target cpu", "target cuda", "store", "library", "provider"} <= set(report)
+    assert report["torch"].state == "ok"
+    assert "1 decision" in report["store"].detail and str(store.directory) in report["store"].detail
+    assert "cpu: ln" in report["layer_norm"].detail
+
+
+def test_doctor_finds_problems(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    report = found(Settings(cache_dir=str(tmp_path / "file"), library_dir=str(tmp_path / "empty"), cxx="no-such-compiler"))
+    assert report["store"].state == "problem" and report["library"].state == "problem"
+    assert report["C++ compiler"].state == "note" and "no-such-compiler" in report["C++ compiler"].detail
+
+
+def test_doctor_shows_no_secrets(store: Store, monkeypatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    settings = Settings(provider="openai", model="m", base_url="https://user:hunter2@host:8000/v1?k=v", api_key_env="MY_KEY")
+    shown = found(settings)["provider"].detail
+    assert "https://host:8000/v1" in shown and "$MY_KEY: set" in shown
+    assert not any(secret in shown for secret in ("sk-secret", "hunter2", "k=v"))
+
+
+SCRIPT = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.norm(x)
+
+def make():
+    return Net(), torch.ones(8, 64)
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "my_model.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_explain_names_regions_keys_and_what_would_be_tried(store: Store, script: str, capsys) -> None:
+    assert main(["explain", f"{script}:make", "--json"]) == 0
+    (region,) = json.loads(capsys.readouterr().out)
+    assert region["signature"] == "layer_norm" and len(region["key"]) == 20
+    assert (region["state"], region["detail"]) == ("unverified", "to be verified at the first compilation: ln")
+    assert region["differences"] == ["nothing is stored for layer_norm"]
+
+
+def test_explain_names_the_key_field_that_differs_and_then_the_decision(store: Store, script: str) -> None:
+    model, inputs = made(f"{script}:make")
+    ((task,), _), *_ = plans(model, inputs, training=False, dynamic=None)
+    key = RecordKey.of(task, target_for("cpu").facts())
+    store.put_decision(dataclasses.replace(key, torch="2.0.0"), decision_for(task))
+    (region,) = explain(model, inputs, Settings.from_environment())
+    assert region.differences == (f"torch: {key.torch} here, 2.0.0 in the store",)
+    store.put_decision(key, decision_for(task))
+    (region,) = explain(model, inputs, Settings.from_environment())
+    assert (region.state, region.differences) == ("hit", ()) and region.detail.startswith("swapped: ln runs at 2.00x")
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [("{script}:absent", "no function"), ("{script}:number", "must return"), ("nowhere.py:make", "no file")],
+)
+def test_explain_says_what_is_wrong_with_a_factory(store: Store, script: str, factory: str, reason: str, capsys) -> None:
+    assert main(["explain", factory.format(script=script)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and reason in err
+
+
+def test_error_of_the_users_script_is_one_line(store: Store, tmp_path: Path, capsys) -> None:
+    (tmp_path / "broken.py").write_text("def make():\n    return undefined_name\n")
+    assert main(["explain", f"{tmp_path}/broken.py:make"]) == 1
+    assert capsys.readouterr().err == (
+        "llmkernels: NameError: name 'undefined_name' is not defined (llmkernels --debug ... shows where)\n"
+    )

@@ -1,0 +1,217 @@
+"""`llmkernels cache`: look into the user's store, carry it elsewhere, clean it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch_llmkernels import settings as knobs
+from torch_llmkernels.cli import output
+from torch_llmkernels.errors import LLMKernelsError, SchemaError, StoreError
+
+if TYPE_CHECKING:
+    from torch_llmkernels.cache.store import Store
+    from torch_llmkernels.evaluation import Record
+
+log = logging.getLogger("torch_llmkernels.cache")
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its actions."""
+    group = subparsers.add_parser("cache", help="the persistent store: list, show, verify, export, import, rm")
+    actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
+
+    parser = actions.add_parser("list", help="what is stored")
+    output.add_json(parser)
+    parser.set_defaults(run=_list)
+
+    parser = actions.add_parser("show", help="one entry in full")
+    parser.add_argument("key", help="its key, or a part of it that no other key has")
+    parser.set_defaults(run=_show)
+
+    parser = actions.add_parser("verify", help="check that every entry can be read (1 if not)")
+    parser.add_argument("--run", action="store_true", help="also check and time every kernel again on this device")
+    output.add_json(parser)
+    parser.set_defaults(run=_verify)
+
+    parser = actions.add_parser("export", help="write decisions and kernels to a portable file")
+    parser.add_argument("file", help="the bundle to write, usually *.llmk")
+    parser.add_argument("--binaries", action="store_true", help="include compiled code (an import leaves it out)")
+    parser.set_defaults(run=_export)
+
+    parser = actions.add_parser("import", help="add a bundle's kernels as candidates; each is verified here before use")
+    parser.add_argument("file", help="a bundle")
+    parser.set_defaults(run=_import)
+
+    parser = actions.add_parser("rm", help="remove one entry")
+    parser.add_argument("key", help="its key, or a part of it that no other key has")
+    parser.set_defaults(run=_rm)
+
+
+def _open(strict: bool = False) -> Store:
+    from torch_llmkernels.cache.store import Store
+
+    return Store(knobs.current().store_directory(), strict=strict)
+
+
+def _find(store: Store, wanted: str) -> str:
+    """The one key that is `wanted` or contains it.
+
+    Raises:
+        StoreError: if there is none, or more than one.
+    """
+    keys = store.keys()
+    found = [wanted] if wanted in keys else [key for key in keys if wanted in key]
+    if not found:
+        raise StoreError(f"no entry of {store.directory} has {wanted!r} in its key; see: llmkernels cache list")
+    if len(found) > 1:
+        raise StoreError(f"{wanted!r} is in {len(found)} keys; give more of one: {', '.join(found[:5])}")
+    return found[0]
+
+
+def _list(args: argparse.Namespace) -> int:
+    store = _open()
+    keys = store.keys()
+    rows = [_row(store, key) for key in keys if not key.startswith("meta/")]
+    if args.json:
+        output.print_json([dict(zip(("key", "size", "what"), row, strict=True)) for row in rows])
+    else:
+        output.print_table(f"store {store.directory}", ("key", "bytes", "what"), rows)
+    return 0
+
+
+def _row(store: Store, key: str) -> tuple[str, int, str]:
+    value = store.get(key)
+    return key, len(value or b""), "unreadable" if value is None else _what(key, value)
+
+
+def _what(key: str, value: bytes) -> str:
+    """One line about an entry; other parts of the package keep entries under prefixes of their own."""
+    if key.startswith("decision/"):
+        plain = json.loads(value)
+        return f"{plain['key']['device_kind']}, {plain['key']['tensors']}: {plain['decision']['reason']}"
+    if key.startswith("imported/"):
+        plain = json.loads(value)
+        return f"candidate {plain['kernel_name']} of {plain['origin']}, measured on {plain['device_kind']}"
+    return "compiled code" if key.startswith("binary/") else key.partition("/")[0]
+
+
+def _show(args: argparse.Namespace) -> int:
+    store = _open(strict=True)
+    key = _find(store, args.key)
+    value = store.get(key) or b""
+    if key.startswith("binary/"):
+        raise StoreError(f"{key} is compiled code of {len(value)} bytes; llmkernels cache export --binaries writes it to a file")
+    text = value.decode()
+    print(json.dumps(json.loads(text), indent=1) if text.startswith("{") else text)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from torch_llmkernels.cache.library import default_library
+
+    store, library = _open(strict=True), default_library(knobs.current())
+    problems = list(_unreadable(store))
+    problems += [f"{library.root}: {line}" for line in _broken_kernels(library)]
+    if args.run:
+        problems += list(_failing(store))
+    if args.json:
+        output.print_json(problems)
+    else:
+        for line in problems:
+            print(line)
+        print(f"{len(store.keys())} entries in {store.directory}, {len(problems)} problems")
+    return int(bool(problems))
+
+
+def _unreadable(store: Store) -> Iterator[str]:
+    from torch_llmkernels.cache.key import RecordKey
+    from torch_llmkernels.evaluation import Decision, Record
+
+    keys = store.keys()
+    for key in keys:
+        try:
+            value = store.get(key)
+            if key.startswith("decision/") and value is not None:
+                plain = json.loads(value)
+                Decision.from_json(plain["decision"])
+                if f"decision/{RecordKey.from_json(plain['key']).text}" != key:
+                    raise SchemaError("its fields do not give its key")
+            elif key.startswith("imported/") and value is not None:
+                Record.from_json(json.loads(value))
+        except (StoreError, ValueError, KeyError, TypeError) as error:
+            yield f"{key}: {error}; remove it with: llmkernels cache rm {key}"
+
+
+def _broken_kernels(library: Any) -> Iterator[str]:
+    from torch_llmkernels.cache.library import SUFFIX, Library
+
+    strict = Library(library.root, strict=True)
+    for signature in library.signatures():
+        for target in SUFFIX:
+            try:
+                strict.kernels(signature, target)
+            except LLMKernelsError as error:
+                yield str(error)
+    try:
+        list(strict.records())
+    except LLMKernelsError as error:
+        yield str(error)
+
+
+def _failing(store: Store) -> Iterator[str]:
+    """Records whose kernel is not accepted on this device, now."""
+    from torch_llmkernels.kernels.source import parse_kernel
+    from torch_llmkernels.resolve import evaluate
+
+    settings = knobs.current()
+    for record in stored_records(store):
+        kernel = parse_kernel(record.kernel_text, record.kernel_name)
+        evaluation = evaluate(record.task, kernel, record, settings)
+        name = f"{record.task.signature} {record.task.key} {record.kernel_name}"
+        if evaluation.status.is_correct:
+            log.info("%s: %s", name, evaluation.status)
+        else:
+            yield f"{name}: {evaluation.status}: {evaluation.detail}"
+
+
+def stored_records(store: Store) -> list[Record]:
+    """Every record in the store: of decisions, then imported candidates."""
+    found = [decision.record for _, decision in store.decisions() if decision.record is not None]
+    signatures = dict.fromkeys(key.split("/")[1] for key in store.keys("imported/"))
+    return found + [record for signature in signatures for record in store.imported(signature)]
+
+
+def _export(args: argparse.Namespace) -> int:
+    from torch_llmkernels.cache import bundle
+
+    store = _open()
+    signatures = dict.fromkeys(key.split("/")[1] for key in store.keys("imported/"))
+    imported = [record for signature in signatures for record in store.imported(signature)]
+    names = [key.removeprefix("binary/") for key in store.keys("binary/")] if args.binaries else []
+    binaries = {name: store.binary(name) or b"" for name in names}
+    count = bundle.export(args.file, imported, store.decisions(), binaries)
+    print(f"wrote {count} entries to {args.file}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from torch_llmkernels.cache import bundle
+
+    store = _open()
+    done = bundle.import_(args.file, store)
+    print(f"added {len(done.records)} candidates to {store.directory}; each is verified on this device before its first use")
+    for line in done.skipped:
+        print(f"left out {line}")
+    return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    store = _open()
+    key = _find(store, args.key)
+    store.delete(key)
+    print(f"removed {key}")
+    return 0

@@ -1,0 +1,198 @@
+"""`llmkernels explain`: which regions a model has, which are known here, and why the others are not. Runs no kernel of ours."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch_llmkernels import settings as knobs
+from torch_llmkernels.cli import output
+from torch_llmkernels.settings import Settings
+
+if TYPE_CHECKING:
+    from torch_llmkernels.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+    """One region.
+
+    Attributes:
+        graph: Position of its graph in the model: more than 0 after a graph break.
+        signature: What it computes.
+        key: The task's key; empty for a region that did not become a task.
+        inputs: Dtypes and shapes.
+        state: `hit` (decided here before), `unverified` (kernels are there, the first compilation checks them), `miss` (there is
+            none), or `skipped` (no task).
+        detail: The decision, or what would be tried, or what is in the way.
+        differences: For what is no hit: how the nearest stored key differs, one line per field.
+    """
+
+    graph: int
+    signature: str
+    key: str
+    inputs: str
+    state: str
+    detail: str
+    differences: tuple[str, ...] = ()
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("explain", help="a model's regions and keys, hits and misses with the differing key field")
+    parser.add_argument("factory", help="SCRIPT.py:FUNCTION or package.module:FUNCTION, which returns (model, inputs)")
+    parser.add_argument("--training", action="store_true", help="with gradients: forward and backward regions")
+    parser.add_argument("--dynamic", action="store_true", help="with dynamic shapes")
+    output.add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one row per region."""
+    model, inputs = made(args.factory)
+    found = explain(model, inputs, knobs.current(), training=args.training, dynamic=args.dynamic or None)
+    if args.json:
+        output.print_json([dataclasses.asdict(region) for region in found])
+        return 0
+    rows = [(r.graph, r.signature, r.key, r.state, "\n".join((r.inputs, r.detail, *r.differences)).strip()) for r in found]
+    output.print_table(f"{args.factory}: {len(found)} regions", ("graph", "signature", "key", "state", "inputs and why"), rows)
+    return 0
+
+
+def made(factory: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The model and the inputs that `FILE.py:NAME` or `package.module:NAME` returns; a model alone takes no inputs.
+
+    Raises:
+        UsageError: if it cannot be found or returns something else.
+    """
+    place, colon, name = factory.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise output.UsageError(f"{factory!r} names no factory; write SCRIPT.py:FUNCTION or package.module:FUNCTION")
+    function = getattr(_module(place), name, None)
+    if not callable(function):
+        raise output.UsageError(f"{place} has no function {name!r}; write one that returns (model, inputs)")
+    result = function()
+    model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
+    if not callable(model):
+        raise output.UsageError(
+            f"{factory} returned {type(result).__name__}; it must return (model, inputs), or a model without inputs"
+        )
+    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        sys.path.insert(0, "")
+        return importlib.import_module(place)
+    path = Path(place)
+    if not path.is_file():
+        raise output.UsageError(f"there is no file {path}; give the path of the script, relative to {Path.cwd()}")
+    sys.path.insert(0, str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # for a .py file that exists
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def explain(
+    model: Callable[..., Any], inputs: Sequence[Any], settings: Settings, training: bool = False, dynamic: bool | None = None
+) -> list[Explained]:
+    """Every region of `model(*inputs)`, graph by graph, as the backend would find it.
+
+    Args:
+        model: A module or function; it runs once, in eager mode.
+        inputs: Its positional arguments.
+        settings: The knobs in force.
+        training: Trace with gradients.
+        dynamic: As in `torch.compile`.
+    """
+    lookup = Lookup(settings)
+    return [
+        region
+        for position, (tasks, skipped) in enumerate(plans(model, inputs, training, dynamic))
+        for region in (
+            *(lookup.explain(position, task) for task in tasks),
+            *(Explained(position, s.signature, "", "", "skipped", s.reason) for s in skipped),
+        )
+    ]
+
+
+def plans(
+    model: Callable[..., Any], inputs: Sequence[Any], training: bool, dynamic: bool | None
+) -> list[tuple[tuple[Task, ...], tuple[Any, ...]]]:
+    """(tasks, skipped regions) of every graph that Dynamo captures; the graphs themselves run in eager mode."""
+    import torch
+
+    from torch_llmkernels.backend import discover, why_plain
+    from torch_llmkernels.options import read_request
+
+    request = read_request(None, None)
+    plans = []
+
+    def look(gm: Any, example_inputs: Sequence[Any]) -> Any:
+        if why_plain(gm, request):
+            plans.append(((), ()))
+        else:
+            found = discover(gm, example_inputs, request)
+            plans.append((found.tasks, found.skipped))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(training):
+        torch.compile(model, backend=look, dynamic=dynamic)(*inputs)
+    return plans
+
+
+class Lookup:
+    """Where the backend would look for a task, without verifying anything.
+
+    Args:
+        settings: The knobs in force.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        from torch_llmkernels.cache.library import default_library
+        from torch_llmkernels.cache.store import open_store
+
+        self.settings = settings
+        self.library = default_library(settings)
+        self.store = open_store(settings)
+
+    def explain(self, graph: int, task: Task) -> Explained:
+        """What is known about `task` on this machine's device."""
+        from torch_llmkernels.cache.key import RecordKey
+        from torch_llmkernels.kernels.targets import target_for
+        from torch_llmkernels.registry import shapes_of
+        from torch_llmkernels.resolve import choose
+
+        found = Explained(graph, task.signature, task.key, shapes_of(task), "miss", "")
+        target = target_for(task.device)
+        if reason := target.unavailable():
+            return dataclasses.replace(found, detail=f"no {task.device} kernel can run here: {reason}")
+        key = RecordKey.of(task, target.facts())
+        decision = self.store.decision(key)
+        if decision is not None:
+            return dataclasses.replace(found, state="hit", detail=choose(decision, task, self.settings).reason)
+        state, detail = self._candidates(task, key.device_kind)
+        return dataclasses.replace(found, state=state, detail=detail, differences=tuple(self.store.explain(key)))
+
+    def _candidates(self, task: Task, device_kind: str) -> tuple[str, str]:
+        """(state, detail) of a task that was not decided here."""
+        record = self.library.record(task.key, device_kind)
+        if record is not None:
+            return "unverified", f"the library has a record of {record.kernel_name} for {device_kind}"
+        reasons = {k.name: k.why_not(task) for k in self.library.kernels(task.signature, task.device)}
+        usable = [name for name, reason in reasons.items() if reason is None]
+        if usable:
+            return "unverified", f"to be verified at the first compilation: {', '.join(usable)}"
+        if reasons:
+            return "miss", "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        return "miss", f"no kernel implements {task.signature} on {task.device}"
