@@ -1,0 +1,295 @@
+"""Prompts: the texts in `prompts/` filled with what is known about the task, the device and the search so far.
+
+Every function here is pure: the same tree gives the same prompt, which is what lets a resumed search recognise its own questions.
+Text that a user or a model wrote is fenced, and the prompts say that a fence holds data.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from torch_llmkernels.evaluation import Evaluation
+from torch_llmkernels.search.ideas import FAMILIES
+from torch_llmkernels.search.run import Goal
+from torch_llmkernels.search.tree import Candidate, IdeaNode, Prompt, Tree, place
+from torch_llmkernels.task import ITEMSIZE, Task, TensorSpec
+
+MAX_DETAIL = 6000  # characters of a compiler log or check report
+MAX_HISTORY = 60  # ideas listed in a prompt: all the latest, then the best of the earlier ones
+
+_SPLIT = "<!-- request -->"
+
+
+def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) -> tuple[str, str]:
+    """The system text and the request for the ideas of one seed.
+
+    Args:
+        goal: The search.
+        tree: Its state when the round began.
+        seed: The kernel to improve; None asks for first designs.
+        number: The round, from 1.
+    """
+    start = seed_section(tree, seed) if seed else "There is no kernel to start from yet: propose complete designs, as different from each other as can be."
+    return _render(
+        "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, start=start,
+        history=history_section(tree, number), families="\n".join(f"- {f}" for f in FAMILIES),
+    )  # fmt: skip
+
+
+def code_prompt(goal: Goal, tree: Tree, node: IdeaNode, variant: int) -> tuple[str, str]:
+    """The system text and the request for one implementation of an idea."""
+    seed = tree.candidates.get(node.seed)
+    start = seed_section(tree, seed) if seed else "There is no kernel to start from: write it from scratch."
+    return _render("candidate.md", goal, start=start, idea=idea_section(node), variation=_variation(variant, goal.settings.variants))
+
+
+def repair_prompt(goal: Goal, tree: Tree, failed: Prompt, reason: str) -> tuple[str, str]:
+    """The system text and the request that follow an attempt that failed."""
+    if failed.role == "ideas":
+        seed = tree.candidates.get(failed.seed)
+        system, request = ideas_prompt(goal, tree, seed, failed.round)
+        return system, f"{request}\n\n## Your earlier answer could not be used\n{fence(reason)}\n"
+    node = tree.ideas[failed.idea]
+    candidate = tree.candidates.get(failed.candidate)
+    source = fence(candidate.text if candidate else (failed.reply or "")[-MAX_DETAIL:], "cpp")
+    return _render("repair.md", goal, idea=idea_section(node), source=source, reason=fence(_clip(reason)), attempt=failed.attempt + 1)
+
+
+def example(target: str) -> str:
+    """The worked example of a kernel file for a target."""
+    return _file("example_cuda.cu" if target == "cuda" else "example_cpu.cpp")
+
+
+def _render(name: str, goal: Goal, **values: Any) -> tuple[str, str]:
+    target = goal.task.device
+    parts = {"target": _file(f"target_{target}.md"), "example": fence(example(target), "cpp"), "prelude": fence(prelude(target), "cpp")}
+    shared = {
+        "format": fill(_file("format.md"), **parts),
+        "rules": _file("rules.md"),
+        "task": task_section(goal.task),
+        "device": device_section(goal),
+        "floor": floor_section(goal),
+    }
+    system, _, request = _file(name).partition(_SPLIT)
+    return tuple(fill(part, **shared, **values).strip() + "\n" for part in (system, request))
+
+
+def fill(template: str, **values: Any) -> str:
+    """`{{name}}` replaced by `values[name]`; replaced text is not looked at again.
+
+    Raises:
+        KeyError: for a name that has no value.
+    """
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: str(values[match[1]]), template)
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return (resources.files("torch_llmkernels.search") / "prompts" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def prelude(target: str) -> str:
+    """What every kernel of a target sees before its own source, read from the prelude itself."""
+    folder = resources.files("torch_llmkernels.kernels")
+    for name in (f"prelude_{target}.h", f"prelude.{'cuh' if target == 'cuda' else 'h'}", f"prelude.{'cu' if target == 'cuda' else 'cpp'}"):
+        path = folder / name
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    return "// (empty)"
+
+
+def fence(text: str, language: str = "text") -> str:
+    """A code block whose fence is longer than any in the text, so that the text cannot end it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"
+
+
+def task_section(task: Task) -> str:
+    """The reference program, every tensor, the parameters and the numerics policy."""
+    from torch_llmkernels.program import python_source
+
+    lines = [f"Signature (for `implements`): `{task.signature}`", "", "Reference, as PyTorch:", fence(python_source(task), "python"), ""]
+    lines += ["| tensor | role | dtype | shape | stride (elements) | notes |", "|---|---|---|---|---|---|"]
+    lines += [_tensor_row(t, "input", t.name in task.constant) for t in task.inputs]
+    lines += [_tensor_row(t, "output", False) for t in task.outputs]
+    if task.params:
+        lines += ["", "Parameters: " + ", ".join(f"`{name}` = {value!r}" for name, value in task.params)]
+    if task.symbols:
+        named = ", ".join(f"`{name}` (now {value})" for name, value in task.symbols)
+        lines += ["", f"Dynamic sizes, which change from call to call and so may never be compile-time constants: {named}"]
+    lines += ["", _numerics(task)]
+    return "\n".join(lines)
+
+
+def _tensor_row(spec: TensorSpec, role: str, constant: bool) -> str:
+    notes = ["contiguous"] if spec.is_contiguous else ["strides as given, not row-major"]
+    if constant:
+        notes.append("constant for the compiled graph (`[[prepare]]` may pack it once)")
+    if all(isinstance(size, int) for size in spec.shape):
+        total = ITEMSIZE[spec.dtype]
+        for size in spec.shape:
+            total *= size
+        notes.append(f"{_bytes(total)}")
+    return f"| `{spec.name}` | {role} | {spec.dtype} | {list(spec.shape)} | {list(spec.stride)} | {', '.join(notes)} |"
+
+
+def _numerics(task: Task) -> str:
+    policy = task.numerics
+    words = {"ieee": "float32 products must keep full float32 accuracy (no plain TF32 or half-precision products; an error-compensated "
+                     "split over tensor cores is welcome if its error is no worse)",
+             "tf32": "float32 products may be computed in TF32", "bf16": "float32 products may be computed in bfloat16"}  # fmt: skip
+    lines = [f"Numerics policy: matmul {policy.matmul}, convolution {policy.conv}; {words.get(policy.matmul, policy.matmul)}."]
+    if policy.deterministic:
+        lines.append("Two runs must agree bit for bit: no floating-point atomics, no order that depends on timing.")
+    return " ".join(lines)
+
+
+_LABELS = {
+    "name": "device", "arch": "architecture", "sms": "SMs or cores", "smem_per_block": "shared memory per block (bytes)",
+    "l2_bytes": "last-level cache (bytes)", "threads": "threads per block at most, or CPU threads",
+    "max_threads_per_sm": "resident threads per SM", "regs_per_sm": "registers per SM", "memory_bytes": "memory (bytes)",
+}  # fmt: skip
+
+
+def device_section(goal: Goal) -> str:
+    """The device's facts, and the ceilings that were measured on it."""
+    lines = [f"- {_LABELS[name]}: {goal.facts[name]}" for name in _LABELS if goal.facts.get(name) not in (None, 0, "")]
+    ceilings = [f"- {name.replace('_', ' ')}: {_number(value)}" for name, value in _flat(goal.ceilings) if value]
+    if ceilings:
+        lines += ["", "Measured here, the best that simple programs reach:", *ceilings]
+    return "\n".join(lines)
+
+
+def floor_section(goal: Goal) -> str:
+    """How fast the task could be at best, and which side of the roofline it is on."""
+    if not goal.floor_ms:
+        return "The roofline floor of this task is not known."
+    rest = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in _flat(goal.floor) if name != "ms" and value not in (None, ""))
+    return f"Roofline floor: **{goal.floor_ms:.4g} ms** ({rest})." if rest else f"Roofline floor: **{goal.floor_ms:.4g} ms**."
+
+
+def seed_section(tree: Tree, seed: Candidate) -> str:
+    """A kernel to start from: its measurements, where it came from, and its source."""
+    evaluation = seed.evaluation
+    lines = ["The kernel to improve:", ""]
+    if evaluation:
+        lines += [f"- {line}" for line in measurements(evaluation)]
+    node = tree.ideas.get(seed.idea)
+    if node:
+        lines.append(f"- it implements: {_one_line(node.idea.mechanism)}")
+    return "\n".join([*lines, "", fence(seed.text, "cpp")])
+
+
+def measurements(evaluation: Evaluation) -> list[str]:
+    """What was measured of a candidate, one fact a line."""
+    lines = []
+    if evaluation.time_ms:
+        floor = f", {evaluation.floor_ms / evaluation.time_ms:.0%} of the roofline floor's speed" if evaluation.floor_ms else ""
+        lines.append(f"time {evaluation.time_ms:.4g} ms (spread {evaluation.spread:.1%}){floor}")
+        times = ", ".join(f"{name} {ms:.4g} ms ({ms / evaluation.time_ms:.2f}x this kernel's time)" for name, ms in evaluation.baselines_ms)
+        lines.append(f"baselines beside it: {times}")
+    if evaluation.constants:
+        lines.append("tunables that won the sweep: " + ", ".join(f"{k}={v}" for k, v in evaluation.constants))
+    resources = {f: v for f, v in vars(evaluation.resources).items() if v is not None}
+    if resources:
+        shown = ", ".join(f"{k.replace('_', ' ')} {f'{v:.0%}' if k == 'occupancy' else v}" for k, v in resources.items())
+        lines.append(f"compiler and driver: {shown}")
+    if evaluation.errors:
+        worst = max(evaluation.errors, key=lambda e: e.frobenius / (e.frobenius_yardstick or 1.0))
+        lines.append(f"largest error against float64: {worst.frobenius:.2e} (Frobenius, `{worst.output}`, {worst.distribution} inputs); "
+                     f"eager's own: {worst.frobenius_yardstick:.2e}")  # fmt: skip
+    if evaluation.detail:
+        lines.append(f"note: {_one_line(_clip(evaluation.detail, 1500))}")
+    return lines
+
+
+def history_section(tree: Tree, number: int) -> str:
+    """Every idea tried before round `number` with what became of it, in order."""
+    earlier = [node for node in tree.ideas.values() if node.round < number]
+    rows = [(node, *outcome(tree, node)) for node in sorted(earlier, key=lambda n: place(n.slot))]
+    rows = [row for row in rows if row[1]]
+    if not rows:
+        return "Nothing has been tried yet."
+    if len(rows) > MAX_HISTORY:
+        best = sorted(rows[:-MAX_HISTORY // 2], key=lambda row: row[2] or 0.0, reverse=True)[: MAX_HISTORY // 2]
+        rows = [row for row in rows if row in best or row in rows[-MAX_HISTORY // 2:]]
+    lines = ["| round | family | idea | outcome |", "|---|---|---|---|"]
+    lines += [f"| {n.round} | {n.idea.family} | {_cell(n.idea.mechanism)} | {_cell(words)} |" for n, words, _ in rows]
+    best = tree.best(number - 1)
+    if best is not None and best.evaluation is not None:
+        lines += ["", f"Best so far: {best.time_ms:.4g} ms, {best.evaluation.speedup:.2f}x the best baseline."]
+    return "\n".join(lines)
+
+
+def outcome(tree: Tree, node: IdeaNode) -> tuple[str, float | None]:
+    """What became of an idea, in words, and its best speedup over the best baseline."""
+    made = [c for c in tree.candidates.values() if c.idea == node.id and c.evaluation]
+    made.sort(key=lambda c: (c.time_ms, place(c.slot)))
+    if not made:
+        return "", None
+    best = made[0]
+    seed = tree.candidates.get(node.seed)
+    if best.evaluation is not None and best.time_ms < float("inf"):
+        against = f", {seed.time_ms / best.time_ms:.2f}x its seed" if seed and seed.time_ms < float("inf") else ""
+        return f"{best.time_ms:.4g} ms, {best.evaluation.speedup:.2f}x the best baseline{against}", best.evaluation.speedup
+    last = max(made, key=lambda c: place(c.slot)).evaluation
+    return f"never correct ({len(made)} tries); last: {last.status}: {_one_line(last.detail)[:240]}", None
+
+
+def idea_section(node: IdeaNode) -> str:
+    """An idea as data."""
+    return fence(f"family: {node.idea.family}\nmechanism: {node.idea.mechanism}\nexpected: {node.idea.expected}")
+
+
+def _variation(variant: int, variants: int) -> str:
+    if variants == 1:
+        return ""
+    return (
+        f"This is implementation {variant + 1} of {variants} of the same idea, each written without sight of the others. Make your own "
+        f"choices where the idea leaves them open (decomposition of the work, tile shapes, which unit does what); "
+        + ("here, prefer the most direct form of the idea." if variant == 0 else "here, prefer a less obvious but promising form of it.")
+    )
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in plain.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, (list, tuple)) and all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
+            rows += _flat(dict(value), f"{prefix}{name} ")
+        else:
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} B"
+
+
+def _clip(text: str, limit: int = MAX_DETAIL) -> str:
+    """The first and the last part of a long text."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 2 // 3]}\n... ({len(text) - limit} characters left out) ...\n{text[-limit // 3:]}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _one_line(text).replace("|", "\\|").replace("`", "'")[:400]
