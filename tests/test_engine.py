@@ -20,7 +20,7 @@ from torch_llmkernels.evaluation import Evaluation, Record, Status
 from torch_llmkernels.search import journal
 from torch_llmkernels.search.budget import preset
 from torch_llmkernels.search.candidates import static_check
-from torch_llmkernels.search.engine import Engine, open_run, result
+from torch_llmkernels.search.engine import Engine, extend, open_run, result
 from torch_llmkernels.search.journal import Journal
 from torch_llmkernels.search.llm import ExchangeProvider, ReplayProvider, Reply
 from torch_llmkernels.search.run import Run
@@ -168,12 +168,12 @@ class TestStopping:
         assert engine.tree.ended.startswith("plateau") and len(engine.tree.rounds) == 3
 
     def test_at_the_token_budget_counting_what_is_in_flight(self, tmp_path: Path) -> None:
-        settings = preset("default", rounds=9, max_tokens=60_000, max_output_tokens=5_000)
+        settings = preset("default", rounds=9, max_tokens=25_000, max_output_tokens=5_000)
         model = ScriptedModel(default_answer, concurrency=50)
         engine = open_engine(tmp_path, settings, model, ScriptedPool())
         engine.drive()
         assert "max_tokens" in engine.tree.ended
-        assert engine.tree.spent.tokens <= 60_000
+        assert engine.tree.spent.tokens <= 25_000
         assert result(engine.run).record is not None  # what was paid for is still evaluated and checked
 
     def test_at_the_candidate_budget(self, tmp_path: Path) -> None:
@@ -208,9 +208,14 @@ class TestStopping:
         engine.drive()
         assert engine.tree.stop.startswith("provider") and "connection refused" in engine.tree.stop
         back, paid, _ = searched(tmp_path)
-        if engine.tree.winner:  # the best of round 1 was already checked in full: the search is over
-            assert not paid.slots
-        assert back.tree.ended
+        assert paid.slots[0] == "r2.s0.ideas.a0"
+        assert result(back.run).record.evaluation.time_ms == 2.0
+
+    def test_an_ended_search_goes_on_with_other_numbers(self, tmp_path: Path) -> None:
+        engine, _, _ = searched(tmp_path)
+        extend(engine.run, {"rounds": 3})
+        longer, model, _ = searched(tmp_path)
+        assert model.slots[0] == "r3.s0.ideas.a0" and result(longer.run).record.evaluation.time_ms == 1.5
 
     def test_a_wrong_key_stops_at_the_first_answer(self, tmp_path: Path) -> None:
         _, model, _ = searched(tmp_path, lambda r, s: Reply(finish="error", error="401 wrong key", fatal=True))
@@ -253,7 +258,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, count: int, torn: bool) -> None:
 
 
 class TestResume:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def whole(self, tmp_path_factory) -> tuple[dict[str, object], int, int]:
         engine, model, _ = searched(tmp_path_factory.mktemp("whole"), bank=(("known", kernel("2.9")),))
         return state(engine), len(engine.run.journal.events), len(model.slots)

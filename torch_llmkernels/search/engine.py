@@ -141,10 +141,13 @@ class Engine:
 
     def finalist(self) -> Candidate | None:
         """The fastest candidate whose full check is still to come; None once one passed or enough of them failed."""
-        tried = self.tree.finalists_tried()
-        if any(c.evaluations["full"].status is Status.TIMED for c in tried) or len(tried) >= self.goal.settings.finalists:
-            return None
-        return next((c for c in self.tree.ranking() if c not in tried), None)
+        for candidate in self.tree.ranking()[: self.goal.settings.finalists]:
+            full = candidate.evaluations.get("full")
+            if full is None:
+                return candidate
+            if full.status is Status.TIMED:
+                break
+        return None
 
     def refusal(self, prompt: Prompt) -> str:
         """Why the budget forbids this prompt; empty if it does not."""
@@ -349,13 +352,13 @@ def _finished(engine: Engine) -> str:
     settings, done = engine.goal.settings, len(engine.tree.rounds)
     best = engine.tree.best()
     floor = engine.goal.floor_ms
+    errors = [p.error for p in engine.tree.prompts.values() if p.round == done and p.error]
+    if done and errors and not any(p.reply for p in engine.tree.prompts.values() if p.round == done):
+        return f"provider: no request of round {done} was answered; the last error: {errors[-1]}"
     if best and floor and best.time_ms <= floor * (1 + settings.floor_margin):
         return f"floor: {best.time_ms:.4g} ms is within {settings.floor_margin:.0%} of the roofline floor"
     if done >= settings.rounds:
         return f"rounds: all {done} are done"
-    errors = [p.error for p in engine.tree.prompts.values() if p.round == done and p.error]
-    if done and errors and not any(p.reply for p in engine.tree.prompts.values() if p.round == done):
-        return f"provider: no request of round {done} was answered; the last error: {errors[-1]}"
     if done > settings.patience and best:
         before = engine.tree.best(done - settings.patience)
         if before and best.time_ms > before.time_ms * (1 - settings.min_gain):
@@ -399,10 +402,12 @@ def finish(engine: Engine) -> list[Event]:
     """After the stop: the end, once the winner passed its full check or no candidate is left to try."""
     if not engine.tree.stop or engine.flights or engine.finalist():
         return []
-    passed = [c for c in engine.tree.finalists_tried() if c.evaluations["full"].status is Status.TIMED]
+    if engine.tree.ended:
+        return []
+    passed = [c for c in engine.tree.ranking() if "full" in c.evaluations and c.evaluations["full"].status is Status.TIMED]
     if passed:
         write_winner(engine.run, passed[0])
-    return [] if engine.tree.ended else [{"event": "end", "reason": engine.tree.stop, "winner": passed[0].id if passed else ""}]
+    return [{"event": "end", "reason": engine.tree.stop, "winner": passed[0].id if passed else ""}]
 
 
 def write_winner(run: Run, winner: Candidate) -> Record:
@@ -428,6 +433,7 @@ STEPS: tuple[Callable[[Engine], list[Event]], ...] = (
 def _in_thread(work: Callable[[], Reply]) -> Future[Reply]:
     """Run in a daemon thread: a request that hangs must not keep the process from ending."""
     future: Future[Reply] = Future()
+    future.set_running_or_notify_cancel()  # it cannot be called back any more
 
     def target() -> None:
         try:
@@ -483,10 +489,24 @@ def run_search(
 def open_run(directory: Path, goal: Goal | None = None) -> Run:
     """Open a folder to go on with its search: failed requests may be asked again, unless the search has its winner."""
     run = Run(directory, goal)
-    failed = any(p.error for p in run.tree.prompts.values())
-    if not run.tree.winner and (failed or run.tree.stop):
-        run.record([{"event": "resume"}])
+    if run.tree.interrupted():
+        run.record([{"event": "resume", "settings": {}}])
     return run
+
+
+def extend(run: Run, changes: Mapping[str, Any]) -> None:
+    """Go on with a search that has ended, with other numbers.
+
+    Args:
+        run: The folder.
+        changes: `SearchSettings` fields, such as `rounds` or `max_tokens`.
+
+    Raises:
+        SettingsError: for an unknown field or a value that does not parse.
+    """
+    run.tree.settings.replaced(changes)
+    run.record([{"event": "resume", "settings": dict(changes)}])
+    run.goal = dataclasses.replace(run.goal, settings=run.tree.settings)
 
 
 def result(run: Run) -> SearchResult:

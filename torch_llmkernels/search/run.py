@@ -92,6 +92,7 @@ class Run:
         self.goal = self._agree(goal)
         self.journal = Journal(directory / "journal.jsonl")
         self.tree = Tree(self.goal.settings, self.journal.events)
+        self.goal = dataclasses.replace(self.goal, settings=self.tree.settings)
         if not self.journal.events:
             self.record([{"event": "start", "schema": SCHEMA, "task": self.goal.task.key}])
 

@@ -166,11 +166,11 @@ class Tree:
             raise SchemaError(f"journal schema {event['schema']}, this release reads {SCHEMA}; use the release that wrote the run")
 
     def _resume(self, event: Mapping[str, Any]) -> None:
-        """A new process takes over: what failed on the way to the model may be asked again, and raised limits apply."""
+        """A search that was cut short goes on: what failed on the way to the model may be asked again, and new numbers apply."""
         for prompt in self.prompts.values():
             prompt.error = "" if prompt.round == len(self.rounds) else prompt.error
-        if not self.winner and not self.finalists_tried():
-            self.stop = self.ended = ""
+        self.settings = self.settings.replaced(event["settings"])
+        self.stop = self.ended = self.winner = ""
 
     def _bank(self, event: Mapping[str, Any]) -> None:
         self.banked = True
@@ -293,9 +293,10 @@ class Tree:
         others = [c.time_ms for c in self.ranking() if self.line(c) not in taken]
         return bool(others) and candidate.time_ms * (1 + self.settings.diversity) < min(others)
 
-    def finalists_tried(self) -> list[Candidate]:
-        """Candidates that had their full evaluation."""
-        return [c for c in self.candidates.values() if "full" in c.evaluations]
+    def interrupted(self) -> bool:
+        """Whether the model's endpoint, not the search, is why it stopped or why a request of the last round has no reply."""
+        failed = any(p.error and p.round == len(self.rounds) for p in self.prompts.values())
+        return self.stop.startswith("provider") or (failed and not self.stop)
 
 
 def place(slot: str) -> tuple[int, ...]:
