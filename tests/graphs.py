@@ -10,21 +10,15 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-KEPT = """
-    native_layer_norm native_layer_norm_backward native_group_norm native_group_norm_backward _fused_rms_norm
-    _fused_rms_norm_backward _native_batch_norm_legit_no_training _softmax _softmax_backward_data _log_softmax
-    _log_softmax_backward_data nll_loss_forward nll_loss_backward gelu gelu_backward silu silu_backward hardswish
-    hardswish_backward leaky_relu leaky_relu_backward addmm max_pool2d_with_indices max_pool2d_with_indices_backward
-    threshold_backward
-""".split()
+from torch_llmkernels.graph.patterns import pattern_ops
 
 
 def table() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those of the composites that regions are made of."""
     from torch._inductor.decomposition import select_decomp_table
 
-    kept = {getattr(getattr(torch.ops.aten, name), o) for name in KEPT for o in getattr(torch.ops.aten, name).overloads()}
-    return {op: fn for op, fn in select_decomp_table().items() if op not in kept}
+    kept = pattern_ops()
+    return {op: fn for op, fn in select_decomp_table().items() if str(op) not in kept}
 
 
 def capture(fn: Callable[..., Any], *inputs: Any, training: bool = False, dynamic: bool | None = False) -> fx.GraphModule:

@@ -160,10 +160,11 @@ def _match_call(call: Call, node: fx.Node, chain: str, views: tuple[fx.Node, ...
         outputs[node] = call.outputs[0]
     if not outputs.get(result):
         outputs[result] = f"{call.label}_out" if call.label else "out"
-    reason = _match_operand(call, given, chain, source)
+    reason = _match_operand(call, node, given, chain)
     if reason:
         return reason
-    for name, value in given.items():
+    for name in dict.fromkeys([*call.roles, *given]):
+        value = given[name]
         if name == chain:
             continue
         if literal_of(value) is not None and is_tensor(value) and call.operand not in ("literal", "power_of_two"):
@@ -179,11 +180,11 @@ def _match_call(call: Call, node: fx.Node, chain: str, views: tuple[fx.Node, ...
     return Step(call.label, (*views, node, *tail), source, result, roles, tensors, outputs, {node: chain}, call.label)
 
 
-def _match_operand(call: Call, given: dict[str, Any], chain: str, source: fx.Node) -> str:
+def _match_operand(call: Call, node: fx.Node, given: dict[str, Any], chain: str) -> str:
     """Why the other operand is not what the stage wants; empty if it is."""
     if call.operand == "any":
         return ""
-    other = given["other" if chain == "self" else "self"]
+    source, other = given[chain], given["other" if chain == "self" else "self"]
     number = literal_of(other)
     if call.operand == "literal":
         return "" if number is not None and _same_dtype(other, source) else "the other operand is not a number"
@@ -192,8 +193,8 @@ def _match_operand(call: Call, given: dict[str, Any], chain: str, source: fx.Nod
         return "" if exact and _same_dtype(other, source) else "the divisor is not a power of two"
     if not is_tensor(other) or number is not None:
         return "the other operand is not a tensor"
-    if other.meta["val"].dtype != source.meta["val"].dtype:
-        return "the other operand has another dtype"
+    if node.meta["val"].dtype != source.meta["val"].dtype:
+        return "the other operand changes the dtype"
     return "" if _fits(call.operand, shape(other), shape(source)) else "the other operand's shape does not fit"
 
 

@@ -178,7 +178,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     # matrix products and their epilogue; addmm and mm are the same signature, the bias is optional
     Pattern(
-        Call("aten.addmm.default", "linear", ("mat1",), {"self": "bias", "mat2": "weight"}, ("linear_out",),
+        Call("aten.addmm.default", "linear", ("mat1",), {"mat2": "weight", "self": "bias"}, ("linear_out",),
              where={"alpha": 1, "beta": 1}),
         after=_LINEAR_AFTER,
     ),

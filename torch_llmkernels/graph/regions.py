@@ -277,8 +277,8 @@ def _argument_is(node: fx.Node, argument: str, source: fx.Node, inside: set[fx.N
 
 
 def _inputs(match: Match, roles: dict[tuple[fx.Node, str], str]) -> tuple[tuple[str, fx.Node], ...]:
-    """(role, node) of every tensor from outside: the chain's first value, then in the order of the calls and their schemas."""
-    inside, found = set(match.nodes), {}
+    """(role, node) of every tensor from outside: the chain's first value, then in the order in which the pattern names them."""
+    inside, found = set(match.nodes), dict[str, fx.Node]()
     for node in match.nodes:
         if op_name(node) == "getitem":
             continue
@@ -286,5 +286,6 @@ def _inputs(match: Match, roles: dict[tuple[fx.Node, str], str]) -> tuple[tuple[
             for read in nodes_in(value):
                 if is_tensor(read) and read not in inside and literal_of(read) is None:
                     found.setdefault(roles.get((node, name), match.pattern.entry), unaliased(read))
-    entry = match.pattern.entry
-    return tuple(sorted(found.items(), key=lambda item: item[0] != entry))
+    declared = [role for s in match.steps for role in s.tensors]
+    order = list(dict.fromkeys([match.pattern.entry, *declared, *found]))
+    return tuple((role, found[role]) for role in order if role in found)
