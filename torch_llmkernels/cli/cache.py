@@ -33,7 +33,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_show)
 
     parser = actions.add_parser("verify", help="check that every entry can be read (1 if not)")
-    parser.add_argument("--run", action="store_true", help="also check and time every kernel again on this device")
+    parser.add_argument("--run", dest="evaluate", action="store_true", help="also check and time every kernel again on this device")
     output.add_json(parser)
     parser.set_defaults(run=_verify)
 
@@ -116,7 +116,7 @@ def _verify(args: argparse.Namespace) -> int:
     store, library = _open(strict=True), default_library(knobs.current())
     problems = list(_unreadable(store))
     problems += [f"{library.root}: {line}" for line in _broken_kernels(library)]
-    if args.run:
+    if args.evaluate:
         problems += list(_failing(store))
     if args.json:
         output.print_json(problems)
