@@ -141,12 +141,12 @@ class DiscoverPass(CustomGraphPass):
     """Collects the tasks of a joint graph (and of its subgraphs) and leaves the graph alone.
 
     Args:
-        settings: The knobs in force.
+        request: The request.
         nested: Whether the graph has subgraphs (`torch.cond`): the pass then sees several graphs and may not stop at the first.
     """
 
-    def __init__(self, settings: Settings, nested: bool) -> None:
-        self.settings, self.nested = settings, nested
+    def __init__(self, request: Request, nested: bool) -> None:
+        self.request, self.nested = request, nested
         self.tasks: list[Task] = []
         self.skipped: list[RegionReport] = []
 
@@ -154,7 +154,7 @@ class DiscoverPass(CustomGraphPass):
         return "llmkernels discovery"  # nothing is ever cached under it: the compilation does not finish
 
     def __call__(self, graph: fx.Graph) -> None:
-        found, skipped = find_tasks(graph, self.settings)
+        found, skipped = find_tasks(graph, self.request)
         self.tasks += [region.task for region in found]
         self.skipped += skipped
         if not self.nested:
@@ -171,7 +171,7 @@ class SwapPass(CustomGraphPass):
 
     def __init__(self, decisions: Mapping[str, Decision], request: Request) -> None:
         self.decisions = dict(decisions)
-        self.settings = request.settings
+        self.request, self.settings = request, request.settings
         theirs = request.inductor_option("joint_custom_pre_pass")
         self.theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs] if theirs else []
         self.cacheable = all(isinstance(p, CustomGraphPass) and p.uuid() for p in self.theirs) and self.settings.fuel < 0
@@ -203,7 +203,7 @@ class SwapPass(CustomGraphPass):
     def _swap(self, graph: fx.Graph) -> int:
         replaced: dict[fx.Node, fx.Node] = {}
         swapped = 0
-        for region in find_tasks(graph, self.settings)[0]:
+        for region in find_tasks(graph, self.request)[0]:
             decision = self.decisions.get(region.task.key)
             if decision is None or decision.record is None:
                 continue
@@ -233,7 +233,7 @@ def plan_of(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request)
 def discover(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> Plan:
     """Trace the graph as far as its joint form, list what is in it, and drop the trace."""
     nested = any(isinstance(module, fx.GraphModule) and module is not gm for module in gm.modules())
-    discovery = DiscoverPass(request.settings, nested)
+    discovery = DiscoverPass(request, nested)
 
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise Discovered
@@ -259,18 +259,19 @@ def _subgraph_caches_restored() -> Iterator[None]:
             vars(cache).update(values)
 
 
-def find_tasks(graph: fx.Graph, settings: Settings) -> tuple[list[RegionTask], list[RegionReport]]:
-    """The regions of a graph as `RegionTask`s, in graph order, and a report of every one that was not taken."""
-    regions, skipped = find_regions(graph)
+def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], list[RegionReport]]:
+    """The regions of a functional ATen graph as tasks, in graph order, and a report of every one that was not taken."""
+    most = request.settings.max_regions
+    regions, skipped = find_regions(graph, request.prefer)
     reports = [RegionReport(s.signature, "", "", False, s.reason) for s in skipped]
     found = []
-    for region in regions[: settings.max_regions]:
+    for region in regions[:most]:
         try:
             found.append(task_of(region))
         except TaskError as error:
             reports.append(RegionReport(region.signature, "", "", False, f"kept Inductor: {error}"))
-    for region in regions[settings.max_regions :]:
-        reason = f"kept Inductor: more than max_regions={settings.max_regions} regions in one graph"
+    for region in regions[most:]:
+        reason = f"kept Inductor: more than max_regions={most} regions in one graph"
         reports.append(RegionReport(region.signature, "", "", False, reason))
     return found, reports
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,13 @@ class Request:
 
     settings: Settings
     inductor: Any
+
+    @functools.cached_property
+    def prefer(self) -> tuple[str, ...]:
+        """Signatures that the library has a kernel for: a match of one of these beats a longer match without a kernel."""
+        from torch_llmkernels.cache.library import default_library
+
+        return tuple(default_library(self.settings).signatures())
 
     def inductor_option(self, name: str) -> Any:
         """The value of an Inductor option under this request."""

@@ -106,7 +106,7 @@ def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Req
     options = sorted((name, repr(value)) for name, value in request.inductor.config.items())
     return digest([
         source_digest(), torch.__version__, code, leaves, state, [_describe(value) for value in example_inputs], options,
-        request.settings.max_regions, request.settings.specialize, _flags(),
+        request.prefer, request.settings.max_regions, request.settings.specialize, _flags(),
     ])  # fmt: skip
 
 

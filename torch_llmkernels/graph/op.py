@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torch_llmkernels import settings as settings_module
-from torch_llmkernels.errors import LaunchError, LLMKernelsError, NotApplicable
+from torch_llmkernels.errors import LaunchError, LLMKernelsError, NotApplicable, ToolchainMissing
 from torch_llmkernels.evaluation import Record
+from torch_llmkernels.program import module_of
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task, TensorSpec, canonical_json, digest, evaluate_dim
 
@@ -46,6 +47,11 @@ class Spec:
     kernel_name: str
     kernel_text: str
     constants: tuple[tuple[str, int], ...]
+
+    @functools.cached_property
+    def module(self) -> torch.fx.GraphModule:
+        """The task's program, runnable: what the region runs where its kernel cannot."""
+        return module_of(self.task)
 
     @property
     def label(self) -> str:
@@ -130,7 +136,7 @@ class Slot:
         outputs = args[: len(task.outputs)]
         inputs = args[len(args) - len(task.inputs) - len(task.symbols) :]
         with torch.no_grad():
-            for output, value in zip(outputs, _reference(task)(*inputs), strict=True):
+            for output, value in zip(outputs, self.spec.module(*inputs), strict=True):
                 output.copy_(value)
 
     def _first_call(self, *args: Any) -> None:
@@ -214,10 +220,15 @@ def build_launcher(spec: Spec, settings: Settings, index: int) -> Callable[..., 
     """
     from torch_llmkernels.cache.store import open_store
     from torch_llmkernels.kernels.source import parse_kernel
-    from torch_llmkernels.kernels.targets import build
+    from torch_llmkernels.kernels.targets import build, target_for
 
     kernel = parse_kernel(spec.kernel_text, spec.kernel_name)
-    return build(kernel, spec.task, dict(spec.constants), store=open_store(settings), index=index)
+    target, constants = target_for(spec.task.device), dict(spec.constants)
+    if reason := target.unavailable():
+        raise ToolchainMissing(reason)
+    facts = target.facts(index)
+    binary = build(kernel, spec.task, constants, target, facts, open_store(settings))
+    return target.load(binary, kernel, spec.task, constants, facts, index)
 
 
 def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]:
@@ -233,13 +244,6 @@ def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]
         return workspaces(kernel, spec.task, dict(spec.constants), target_for(device.type).facts(device.index or 0))
     except LLMKernelsError:
         return ()  # the build fails for the same reason, and says so
-
-
-@functools.lru_cache(maxsize=256)
-def _reference(task: Task) -> torch.fx.GraphModule:
-    from torch_llmkernels.program import module_of
-
-    return module_of(task)
 
 
 def _eager(spec: str, inputs: list[torch.Tensor], symbols: list[int]) -> list[torch.Tensor]:

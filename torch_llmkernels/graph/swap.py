@@ -32,19 +32,17 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
 
     Raises:
         TaskError: if a size cannot be read off the inputs, or an output's strides are not those the task promises. The
-            graph is then as it was.
+            graph then computes what it did.
     """
     replaced = {} if replaced is None else replaced
     inputs = [replaced.get(node, node) for node in region.inputs]
-    anchor = _last(graph, inputs)
-    symbols = _symbol_nodes(graph, region, inputs, anchor)
-    with graph.inserting_after(symbols[-1] if symbols else anchor):
+    symbols = _size_nodes(graph, region, inputs)
+    with graph.inserting_after(_last(graph, [*inputs, *symbols])):
         call = graph.call_function(op.region_op(), (op.encode_spec(record), inputs, symbols))
     try:
         _describe(call, region, record)
     except TaskError:
-        for node in (call, *symbols):
-            graph.erase_node(node)
+        graph.erase_node(call)
         raise
     with graph.inserting_after(call):
         for i, old in reversed(list(enumerate(region.outputs))):
@@ -63,32 +61,36 @@ def tidy(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _last(graph: fx.Graph, inputs: Sequence[fx.Node]) -> fx.Node:
-    """The input that comes last; the last placeholder of the graph if all inputs are placeholders, which must stay together."""
-    among = set(inputs)
+def _last(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Node:
+    """The node that comes last; the last placeholder of the graph if all are placeholders, which must stay together."""
+    among = set(nodes)
     last = next(node for node in reversed(graph.nodes) if node in among)
     return next(node for node in reversed(graph.nodes) if node.op == "placeholder") if last.op == "placeholder" else last
 
 
-def _symbol_nodes(graph: fx.Graph, region: RegionTask, inputs: Sequence[fx.Node], anchor: fx.Node) -> list[fx.Node]:
-    """One size node per symbol of the task, in its order, inserted after `anchor`."""
-    places = [_symbol_place(region, name) for name, _ in region.task.symbols]
-    nodes: list[fx.Node] = []
-    for position, query, dim in places:
-        with graph.inserting_after(nodes[-1] if nodes else anchor):
-            node = graph.call_function(query, (inputs[position], dim))
-        value = inputs[position].meta["val"]
-        node.meta["val"] = (value.size if query is torch.ops.aten.sym_size.int else value.stride)(dim)
-        nodes.append(node)
+def _size_nodes(graph: fx.Graph, region: RegionTask, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """One node per symbol of the task, in its order: one that the graph has, or a new query of an input's size.
+
+    Raises:
+        TaskError: for a symbol that occurs only inside expressions.
+    """
+    nodes = []
+    for (name, _), node in zip(region.task.symbols, region.symbols, strict=True):
+        nodes.append(node if node is not None else _query(graph, *_place(region, name), inputs))
     return nodes
 
 
-def _symbol_place(region: RegionTask, symbol: str) -> tuple[int, Any, int]:
-    """The position of the input, the query and the dimension that a symbol can be read from.
+def _query(graph: fx.Graph, position: int, query: Any, dim: int, inputs: Sequence[fx.Node]) -> fx.Node:
+    """A node that asks the input at `position` for a size or stride, right behind it."""
+    value = inputs[position].meta["val"]
+    with graph.inserting_after(_last(graph, [inputs[position]])):
+        node = graph.call_function(query, (inputs[position], dim))
+    node.meta["val"] = (value.size if query is torch.ops.aten.sym_size.int else value.stride)(dim)
+    return node
 
-    Raises:
-        TaskError: if it occurs only inside expressions.
-    """
+
+def _place(region: RegionTask, symbol: str) -> tuple[int, Any, int]:
+    """The position of the input, the query and the dimension that a symbol can be read from."""
     for query, field in ((torch.ops.aten.sym_size.int, "shape"), (torch.ops.aten.sym_stride.int, "stride")):
         for position, spec in enumerate(region.task.inputs):
             if symbol in getattr(spec, field):

@@ -1,0 +1,119 @@
+"""With nothing to swap, what Inductor generates under our backend is what it generates without it: kernels and extern calls.
+
+Sources are compared, nothing is built or run. CI takes a subset in which every pair of (model, mode, shapes, precision) values
+that matters occurs; `-m slow` takes the whole product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import zoo
+from torch._inductor import config
+from torch._inductor.graph import GraphLowering
+
+from torch_llmkernels import backend, plan
+from torch_llmkernels.evaluation import Decision
+
+
+class Generated(Exception):
+    """Raised where the generated code would run."""
+
+
+@contextmanager
+def sources_only() -> Iterator[list[str]]:
+    """Inductor generates code and neither builds nor runs it; yields what it generated, forward before backward."""
+    codes: list[str] = []
+
+    def collect(graph: GraphLowering) -> SimpleNamespace:
+        codes.append(graph.codegen()[0].value)
+        return SimpleNamespace(call=_stop, __file__="generated", value=None)
+
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", collect),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+        config.patch(force_disable_caches=True),
+    ):
+        yield codes
+
+
+def _stop(*args: object) -> None:
+    raise Generated
+
+
+def generate(compiler: str | Callable, model: str, training: bool, dynamic: bool, autocast: bool) -> list[str]:
+    """The sources that `compiler` generates for a model of the zoo."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module_of, inputs_of = zoo.CASES[model]
+    module, inputs = module_of().train(training), inputs_of()
+    compiled = torch.compile(module, backend=compiler, dynamic=dynamic)
+    grad, precision = torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with sources_only() as codes, grad, precision, pytest.raises(Generated):
+        compiled(*inputs)
+    return codes
+
+
+def kernels(code: str) -> list[str]:
+    """The kernels that a wrapper defines, without comments (they name the graph's nodes)."""
+    found = re.findall(r"async_compile\.\w+\([^\n]*?(?:'''|\"\"\")(.*?)(?:'''|\"\"\")", code, re.DOTALL)
+    return [re.sub(r"//.*", "", kernel) for kernel in found]
+
+
+def extern_calls(code: str) -> list[str]:
+    """The calls into ATen and libraries, in order."""
+    body = code[code.index("def call(") :]
+    return re.findall(r"(extern_kernels\.\w+|torch\.ops\.[\w.]+|aten\.\w+)\(", body)
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_swap(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """An empty library and store: every region is looked up, none is found."""
+    monkeypatch.setattr(backend, "resolve", lambda tasks, settings: [Decision(None, "kept Inductor: no kernel")] * len(tasks))
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path))
+    plan.forget()
+
+
+def check(model: str, training: bool, dynamic: bool, autocast: bool) -> None:
+    theirs = generate("inductor", model, training, dynamic, autocast)
+    ours = generate(backend.llmkernels, model, training, dynamic, autocast)
+    assert len(theirs) == len(ours) > 0
+    for before, after in zip(theirs, ours, strict=True):
+        assert sorted(kernels(before)) == sorted(kernels(after))
+        assert extern_calls(before) == extern_calls(after)
+
+
+SUBSET = [
+    ("resnet", False, False, False), ("resnet_channels_last", False, True, False), ("digits", True, False, False),
+    ("gpt", True, False, True), ("gpt", False, True, False), ("encoder", True, True, False), ("lstm", False, True, True),
+    ("hand_attention", True, False, False), ("hand_attention", False, False, True), ("upsampler", True, False, False),
+    ("mutations", True, True, False), ("dropout", True, False, False), ("dropout", False, False, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "training", "dynamic", "autocast"), SUBSET)
+def test_generated_code_is_that_of_inductor(model: str, training: bool, dynamic: bool, autocast: bool) -> None:
+    check(model, training, dynamic, autocast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model", list(zoo.CASES))
+def test_generated_code_is_that_of_inductor_everywhere(model: str, training: bool, dynamic: bool, autocast: bool) -> None:
+    check(model, training, dynamic, autocast)
+
+
+def test_every_pair_of_values_is_in_the_subset() -> None:
+    """Each model in CI, and each combination of two of the three switches."""
+    assert {case[0] for case in SUBSET} == set(zoo.CASES)
+    for i, j in itertools.combinations((1, 2, 3), 2):
+        assert {(case[i], case[j]) for case in SUBSET} == set(itertools.product([False, True], repeat=2))
