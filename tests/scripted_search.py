@@ -59,7 +59,9 @@ def evaluation(verdict: str, tier: str = "quick") -> Evaluation:
         return Evaluation(Status(verdict), detail=f"scripted: {verdict}")
     errors = (ErrorStat("y", "normal", 1e-7, 1e-7, 1e-7, 1e-7, 1e-7, 1e-7, True),)
     times = (("eager", 4.0), ("inductor", 3.0))
-    return Evaluation(Status.TIMED, errors=errors, time_ms=float(verdict), spread=0.01, baselines_ms=times, floor_ms=0.5, tier=tier)
+    return Evaluation(
+        Status.TIMED, errors=errors, time_ms=float(verdict), spread=0.01, baselines_ms=times, floor_ms=0.5, tier=tier
+    )
 
 
 class ScriptedPool:

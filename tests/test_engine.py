@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 from scripted_search import (
-    SMALL, ScriptedModel, ScriptedPool, code_reply, default_answer, goal, ideas_reply, kernel, open_engine,
+    SMALL,
+    ScriptedModel,
+    ScriptedPool,
+    code_reply,
+    default_answer,
+    goal,
+    ideas_reply,
+    kernel,
+    open_engine,
 )  # fmt: skip
 
 from torch_llmkernels.errors import SearchError
@@ -70,7 +78,9 @@ class TestTheLoop:
 
     def test_without_any_correct_kernel_the_end_is_honest(self, tmp_path: Path) -> None:
         def answer(role: str, slot: str) -> str:
-            return default_answer(role, slot) if role == "ideas" else code_reply("crashed").replace("y[i] =", f"/*{slot}*/ y[i] =")
+            return (
+                default_answer(role, slot) if role == "ideas" else code_reply("crashed").replace("y[i] =", f"/*{slot}*/ y[i] =")
+            )
 
         engine, _, _ = searched(tmp_path, answer)
         assert result(engine.run).record is None and engine.tree.ended.startswith("rounds")
@@ -104,7 +114,9 @@ class TestTheLoop:
         assert reason in model.prompts["r1.s0.i0.v0.a1"]
 
     def test_ideas_that_cannot_be_read_are_asked_for_again(self, tmp_path: Path) -> None:
-        engine, model, _ = searched(tmp_path, lambda role, slot: "Tile it." if slot == "r1.s0.ideas.a0" else default_answer(role, slot))
+        engine, model, _ = searched(
+            tmp_path, lambda role, slot: "Tile it." if slot == "r1.s0.ideas.a0" else default_answer(role, slot)
+        )
         assert "no list of ideas" in model.prompts["r1.s0.ideas.a1"]
         assert len(engine.tree.ideas) == 4
 
@@ -375,7 +387,9 @@ class TestReplay:
     def test_on_another_machine_the_place_answers_where_the_words_differ(self, tmp_path: Path) -> None:
         recorded, _, _ = searched(tmp_path / "recorded")
         other = ReplayProvider(recorded.run.journal.events)
-        replayed = open_engine(tmp_path / "again", SMALL, other, ScriptedPool(), facts={"name": "another processor", "kind": "cpu-other"})
+        replayed = open_engine(
+            tmp_path / "again", SMALL, other, ScriptedPool(), facts={"name": "another processor", "kind": "cpu-other"}
+        )
         replayed.drive()
         assert replayed.tree.candidates[replayed.tree.winner].text == recorded.tree.candidates[recorded.tree.winner].text
 

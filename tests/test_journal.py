@@ -81,6 +81,13 @@ def test_two_copies_that_went_on_separately_merge_without_repeating(path: Path, 
 
 def test_the_clock_counts_running_time_only_and_goes_on_across_processes(path: Path) -> None:
     first = Journal(path)
-    first.append([{"event": "warning", "text": "x", }])
+    first.append(
+        [
+            {
+                "event": "warning",
+                "text": "x",
+            }
+        ]
+    )
     reopened = Journal(path)
     assert reopened.clock() >= reopened.events[-1]["clock"]

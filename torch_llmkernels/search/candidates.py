@@ -6,7 +6,14 @@ import dataclasses
 import re
 from collections.abc import Callable
 
-from torch_llmkernels.errors import CompileError, ExpressionError, KernelSourceError, LLMKernelsError, ProviderError, ToolchainMissing
+from torch_llmkernels.errors import (
+    CompileError,
+    ExpressionError,
+    KernelSourceError,
+    LLMKernelsError,
+    ProviderError,
+    ToolchainMissing,
+)
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.task import Task
 
@@ -28,11 +35,15 @@ def parse_source(text: str, finish: str = "stop") -> str:
     if kernels:
         return kernels[-1]
     if finish == "length" or unclosed:
-        raise ProviderError("the reply was cut off before its code block ended: answer with the code block alone, and keep it shorter")
+        raise ProviderError(
+            "the reply was cut off before its code block ended: answer with the code block alone, and keep it shorter"
+        )
     if blocks:
-        raise ProviderError("the code block has no kernel header: start the file with the /*--- header ---*/ of the kernel format")
+        raise ProviderError(
+            "the code block has no kernel header: start the file with the /*--- header ---*/ of the kernel format"
+        )
     if "/*---" in text and "---*/" in text:
-        return text[text.index("/*---"):].strip() + "\n"
+        return text[text.index("/*---") :].strip() + "\n"
     if finish == "refusal":
         raise ProviderError("the model refused to answer")
     raise ProviderError("no code block was found: answer with one fenced code block that holds the whole kernel file")
@@ -47,7 +58,7 @@ def _blocks(text: str) -> tuple[list[str], bool]:
         closing = re.compile(rf"^[ \t]*{fence}[ \t]*$", re.MULTILINE).search(text, opening.end())
         if closing is None:
             return found, True
-        found.append(text[opening.end() + 1:closing.start()])
+        found.append(text[opening.end() + 1 : closing.start()])
         position = closing.end()
     return found, False
 
@@ -91,7 +102,9 @@ class CompileCheck:
         try:
             tunings = kernel.tunings(task, self.facts)
             if not tunings:
-                return Evaluation(Status.NOT_APPLICABLE, detail="no combination of `tune` values satisfies every `where` condition")
+                return Evaluation(
+                    Status.NOT_APPLICABLE, detail="no combination of `tune` values satisfies every `where` condition"
+                )
             target_for(task.device).compile(kernel, task, tunings[0], self.facts)
         except ToolchainMissing:
             return None

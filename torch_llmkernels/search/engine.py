@@ -195,7 +195,9 @@ class Engine:
             if kind == "reply":
                 self.meter.land(identity)
         self.flights.clear()
-        self.run.record([{"event": "stop", "reason": f"budget: {self.goal.settings.max_seconds:.0f} seconds have passed (max_seconds)"}])
+        self.run.record(
+            [{"event": "stop", "reason": f"budget: {self.goal.settings.max_seconds:.0f} seconds have passed (max_seconds)"}]
+        )
 
     def _measure(self) -> None:
         self.meter.spent, self.meter.candidates, self.meter.seen = self.tree.spent, self.tree.written(), self.tree.seen

@@ -53,7 +53,7 @@ def parse_ideas(text: str, limit: int) -> list[Idea]:
         if ideas:
             return ideas[:limit]
     raise ProviderError(
-        'no list of ideas was found: end the reply with one ```json block that holds a list of '
+        "no list of ideas was found: end the reply with one ```json block that holds a list of "
         '{"family": ..., "mechanism": ..., "expected": ...} objects'
     )
 

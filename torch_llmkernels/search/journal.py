@@ -114,7 +114,9 @@ def _parse(data: bytes, path: Path) -> tuple[list[Event], int]:
                 raise SchemaError(
                     f"{path}:{number}: damaged journal line ({error}); restore it from a copy, or delete the line and what depends on it"
                 ) from None
-            log.warning("%s:%d: dropped a half-written last line (%d bytes); the search goes on before it", path, number, len(line))
+            log.warning(
+                "%s:%d: dropped a half-written last line (%d bytes); the search goes on before it", path, number, len(line)
+            )
             break
         events.append(event)
         offset += len(line)

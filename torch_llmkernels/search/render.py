@@ -33,7 +33,11 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
         seed: The kernel to improve; None asks for first designs.
         number: The round, from 1.
     """
-    start = seed_section(tree, seed) if seed else "There is no kernel to start from yet: propose complete designs, as different from each other as can be."
+    start = (
+        seed_section(tree, seed)
+        if seed
+        else "There is no kernel to start from yet: propose complete designs, as different from each other as can be."
+    )
     return _render(
         "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, start=start,
         history=history_section(tree, number), families="\n".join(f"- {f}" for f in FAMILIES),
@@ -44,7 +48,9 @@ def code_prompt(goal: Goal, tree: Tree, node: IdeaNode, variant: int) -> tuple[s
     """The system text and the request for one implementation of an idea."""
     seed = tree.candidates.get(node.seed)
     start = seed_section(tree, seed) if seed else "There is no kernel to start from: write it from scratch."
-    return _render("candidate.md", goal, start=start, idea=idea_section(node), variation=_variation(variant, goal.settings.variants))
+    return _render(
+        "candidate.md", goal, start=start, idea=idea_section(node), variation=_variation(variant, goal.settings.variants)
+    )
 
 
 def repair_prompt(goal: Goal, tree: Tree, failed: Prompt, reason: str) -> tuple[str, str]:
@@ -56,7 +62,9 @@ def repair_prompt(goal: Goal, tree: Tree, failed: Prompt, reason: str) -> tuple[
     node = tree.ideas[failed.idea]
     candidate = tree.candidates.get(failed.candidate)
     source = fence(candidate.text if candidate else (failed.reply or "")[-MAX_DETAIL:], "cpp")
-    return _render("repair.md", goal, idea=idea_section(node), source=source, reason=fence(_clip(reason)), attempt=failed.attempt + 1)
+    return _render(
+        "repair.md", goal, idea=idea_section(node), source=source, reason=fence(_clip(reason)), attempt=failed.attempt + 1
+    )
 
 
 def example(target: str) -> str:
@@ -66,7 +74,11 @@ def example(target: str) -> str:
 
 def _render(name: str, goal: Goal, **values: Any) -> tuple[str, str]:
     target = goal.task.device
-    parts = {"target": _file(f"target_{target}.md"), "example": fence(example(target), "cpp"), "prelude": fence(prelude(target), "cpp")}
+    parts = {
+        "target": _file(f"target_{target}.md"),
+        "example": fence(example(target), "cpp"),
+        "prelude": fence(prelude(target), "cpp"),
+    }
     shared = {
         "format": fill(_file("format.md"), **parts),
         "rules": _file("rules.md"),
@@ -96,7 +108,11 @@ def _file(name: str) -> str:
 def prelude(target: str) -> str:
     """What every kernel of a target sees before its own source, read from the prelude itself."""
     folder = resources.files("torch_llmkernels.kernels")
-    for name in (f"prelude_{target}.h", f"prelude.{'cuh' if target == 'cuda' else 'h'}", f"prelude.{'cu' if target == 'cuda' else 'cpp'}"):
+    for name in (
+        f"prelude_{target}.h",
+        f"prelude.{'cuh' if target == 'cuda' else 'h'}",
+        f"prelude.{'cu' if target == 'cuda' else 'cpp'}",
+    ):
         path = folder / name
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -114,7 +130,13 @@ def task_section(task: Task) -> str:
     """The reference program, every tensor, the parameters and the numerics policy."""
     from torch_llmkernels.program import python_source
 
-    lines = [f"Signature (for `implements`): `{task.signature}`", "", "Reference, as PyTorch:", fence(python_source(task), "python"), ""]
+    lines = [
+        f"Signature (for `implements`): `{task.signature}`",
+        "",
+        "Reference, as PyTorch:",
+        fence(python_source(task), "python"),
+        "",
+    ]
     lines += ["| tensor | role | dtype | shape | stride (elements) | notes |", "|---|---|---|---|---|---|"]
     lines += [_tensor_row(t, "input", t.name in task.constant) for t in task.inputs]
     lines += [_tensor_row(t, "output", False) for t in task.outputs]
@@ -170,7 +192,11 @@ def floor_section(goal: Goal) -> str:
     """How fast the task could be at best, and which side of the roofline it is on."""
     if not goal.floor_ms:
         return "The roofline floor of this task is not known."
-    rest = ", ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in _flat(goal.floor) if name != "ms" and value not in (None, ""))
+    rest = ", ".join(
+        f"{name.replace('_', ' ')} {_number(value)}"
+        for name, value in _flat(goal.floor)
+        if name != "ms" and value not in (None, "")
+    )
     return f"Roofline floor: **{goal.floor_ms:.4g} ms** ({rest})." if rest else f"Roofline floor: **{goal.floor_ms:.4g} ms**."
 
 
@@ -192,7 +218,9 @@ def measurements(evaluation: Evaluation) -> list[str]:
     if evaluation.time_ms:
         floor = f", {evaluation.floor_ms / evaluation.time_ms:.0%} of the roofline floor's speed" if evaluation.floor_ms else ""
         lines.append(f"time {evaluation.time_ms:.4g} ms (spread {evaluation.spread:.1%}){floor}")
-        times = ", ".join(f"{name} {ms:.4g} ms ({ms / evaluation.time_ms:.2f}x this kernel's time)" for name, ms in evaluation.baselines_ms)
+        times = ", ".join(
+            f"{name} {ms:.4g} ms ({ms / evaluation.time_ms:.2f}x this kernel's time)" for name, ms in evaluation.baselines_ms
+        )
         lines.append(f"baselines beside it: {times}")
     if evaluation.constants:
         lines.append("tunables that won the sweep: " + ", ".join(f"{k}={v}" for k, v in evaluation.constants))
@@ -217,8 +245,8 @@ def history_section(tree: Tree, number: int) -> str:
     if not rows:
         return "Nothing has been tried yet."
     if len(rows) > MAX_HISTORY:
-        best = sorted(rows[:-MAX_HISTORY // 2], key=lambda row: row[2] or 0.0, reverse=True)[: MAX_HISTORY // 2]
-        rows = [row for row in rows if row in best or row in rows[-MAX_HISTORY // 2:]]
+        best = sorted(rows[: -MAX_HISTORY // 2], key=lambda row: row[2] or 0.0, reverse=True)[: MAX_HISTORY // 2]
+        rows = [row for row in rows if row in best or row in rows[-MAX_HISTORY // 2 :]]
     lines = ["| round | family | idea | outcome |", "|---|---|---|---|"]
     lines += [f"| {n.round} | {n.idea.family} | {_cell(n.idea.mechanism)} | {_cell(words)} |" for n, words, _ in rows]
     best = tree.best(number - 1)
@@ -253,7 +281,11 @@ def _variation(variant: int, variants: int) -> str:
     return (
         f"This is implementation {variant + 1} of {variants} of the same idea, each written without sight of the others. Make your own "
         f"choices where the idea leaves them open (decomposition of the work, tile shapes, which unit does what); "
-        + ("here, prefer the most direct form of the idea." if variant == 0 else "here, prefer a less obvious but promising form of it.")
+        + (
+            "here, prefer the most direct form of the idea."
+            if variant == 0
+            else "here, prefer a less obvious but promising form of it."
+        )
     )
 
 
@@ -284,7 +316,7 @@ def _clip(text: str, limit: int = MAX_DETAIL) -> str:
     """The first and the last part of a long text."""
     if len(text) <= limit:
         return text
-    return f"{text[: limit * 2 // 3]}\n... ({len(text) - limit} characters left out) ...\n{text[-limit // 3:]}"
+    return f"{text[: limit * 2 // 3]}\n... ({len(text) - limit} characters left out) ...\n{text[-limit // 3 :]}"
 
 
 def _one_line(text: str) -> str:

@@ -59,7 +59,9 @@ class Goal:
             SchemaError: for another schema version or missing fields.
         """
         if plain.get("schema") != SCHEMA:
-            raise SchemaError(f"run schema {plain.get('schema')!r}, this release reads {SCHEMA}; use the release that wrote the run")
+            raise SchemaError(
+                f"run schema {plain.get('schema')!r}, this release reads {SCHEMA}; use the release that wrote the run"
+            )
         try:
             values = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
         except KeyError as error:
@@ -104,7 +106,9 @@ class Run:
             except ValueError as error:
                 raise SchemaError(f"{path} is not JSON ({error}); restore it from a copy of the run") from None
             if goal is not None and goal.task.key != known.task.key:
-                raise SearchError(f"{self.directory} holds a search for another task ({known.task.signature} {known.task.key}); choose a new folder")
+                raise SearchError(
+                    f"{self.directory} holds a search for another task ({known.task.signature} {known.task.key}); choose a new folder"
+                )
             return known
         if goal is None:
             raise SearchError(f"{self.directory} holds no search (no run.json); make one with `llmkernels search start`")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch_llmkernels.errors import SchemaError
-from torch_llmkernels.evaluation import Evaluation, Status
+from torch_llmkernels.evaluation import Evaluation
 from torch_llmkernels.search.budget import SearchSettings, Spend
 from torch_llmkernels.search.ideas import Idea
 from torch_llmkernels.search.journal import SCHEMA
@@ -155,15 +155,21 @@ class Tree:
         for event in events:
             handler = _HANDLERS.get(event["event"])
             if handler is None:
-                raise SchemaError(f"journal event {event['event']!r} is unknown to this release; use the release that wrote the run")
+                raise SchemaError(
+                    f"journal event {event['event']!r} is unknown to this release; use the release that wrote the run"
+                )
             try:
                 handler(self, event)
             except KeyError as error:
-                raise SchemaError(f"journal event {event['event']!r} lacks {error} or names something that was never journalled") from None
+                raise SchemaError(
+                    f"journal event {event['event']!r} lacks {error} or names something that was never journalled"
+                ) from None
 
     def _start(self, event: Mapping[str, Any]) -> None:
         if event["schema"] != SCHEMA:
-            raise SchemaError(f"journal schema {event['schema']}, this release reads {SCHEMA}; use the release that wrote the run")
+            raise SchemaError(
+                f"journal schema {event['schema']}, this release reads {SCHEMA}; use the release that wrote the run"
+            )
 
     def _resume(self, event: Mapping[str, Any]) -> None:
         """A search that was cut short goes on: what failed on the way to the model may be asked again, and new numbers apply."""
