@@ -1,9 +1,9 @@
 """What we read off a kernel's C text without compiling it: its entry functions, and tokens that the format forbids.
 
-The deny list is a guard, not a sandbox. It keeps honest code portable and refuses the obvious (includes, inline assembly on the host,
-system calls, constructors), with a message that a model can repair from. A determined author of native code could get past any list
-of tokens; that is why the CPU target also checks the symbols that the shared object imports, and why a candidate runs in a worker
-process of its own until it is accepted.
+The deny list is a guard, not a sandbox. It keeps honest code portable and refuses the obvious (includes, inline assembly on the
+host, system calls, constructors), with a message that a model can repair from. A determined author of native code could get past
+any list of tokens; that is why the CPU target also checks the symbols that the shared object imports, and why a candidate runs in
+a worker process of its own until it is accepted.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ PRAGMAS = {"cuda": (r"unroll\b", r"nounroll\b"), "cpu": (r"omp\b", r"unroll\b", 
 _DIRECTIVES = ("define", "undef", "if", "ifdef", "ifndef", "elif", "else", "endif", "error", "pragma")
 
 _FORBIDDEN = {"_Pragma", "__pragma", "__has_include", "__has_embed", "__managed__"}
-_FORBIDDEN_CPU = set(
-    "asm __asm __asm__ system popen fork vfork clone syscall ptrace execl execle execlp execv execve execvp execvpe posix_spawn "
-    "dlopen dlsym dlmopen fopen freopen fdopen tmpfile open openat creat socket mmap mprotect munmap getenv setenv putenv unsetenv "
-    "environ printf fprintf puts putchar fputs fputc fwrite fread perror cout cerr cin ifstream ofstream fstream filesystem thread "
-    "jthread async pthread_create pthread_self longjmp setjmp sigaction signal raise kill abort quick_exit _exit _Exit atexit exit "
-    "constructor __constructor__ destructor __destructor__ init_priority section __section__ ifunc weakref alias __alias__ "
-    "thread_local".split()
-)
+_FORBIDDEN_CPU = {
+    "asm", "__asm", "__asm__", "system", "popen", "fork", "vfork", "clone", "syscall", "ptrace",
+    "execl", "execle", "execlp", "execv", "execve", "execvp", "execvpe", "posix_spawn", "dlopen", "dlsym", "dlmopen",
+    "fopen", "freopen", "fdopen", "tmpfile", "open", "openat", "creat", "socket", "mmap", "mprotect", "munmap",
+    "getenv", "setenv", "putenv", "unsetenv", "environ", "printf", "fprintf", "puts", "putchar", "fputs", "fputc", "fwrite",
+    "fread", "perror", "cout", "cerr", "cin", "ifstream", "ofstream", "fstream", "filesystem", "thread", "jthread", "async",
+    "pthread_create", "pthread_self", "longjmp", "setjmp", "sigaction", "signal", "raise", "kill", "abort", "quick_exit", "_exit",
+    "_Exit", "atexit", "exit", "constructor", "__constructor__", "destructor", "__destructor__", "init_priority", "section",
+    "__section__", "ifunc", "weakref", "alias", "__alias__", "thread_local",
+}  # fmt: skip
 # ordinary words too, so only refused where they are called
-_FORBIDDEN_CALLS_CPU = {"read", "write", "close", "send", "recv", "connect", "bind", "listen", "accept", "select", "poll", "remove",
-                        "rename", "unlink", "pipe", "wait", "trap", "exec", "spawn"}  # fmt: skip
+_FORBIDDEN_CALLS_CPU = {
+    "read", "write", "close", "send", "recv", "connect", "bind", "listen", "accept", "select", "poll", "remove", "rename", "unlink",
+    "pipe", "wait", "trap", "exec", "spawn",
+}  # fmt: skip
 
 _TOKEN = re.compile(
     r"""(?P<comment>//[^\n]*|/\*.*?\*/)|(?P<raw>(?:u8|u|U|L)?R"[^\n(]{0,16}\()|(?P<string>"(?:\\.|[^"\\\n])*")"""
@@ -115,6 +119,29 @@ def check_tokens(body: str, tokens: list[Token], target: str, first_line: int = 
             _check_directive(token, following, body, target, first_line)
         elif token.kind == "name":
             _check_name(token, following, target)
+            if target == "cuda" and token.text in ("__device__", "static"):
+                _check_constant(tokens, i)
+
+
+def _check_constant(tokens: list[Token], start: int) -> None:
+    """Refuse a mutable variable with static storage: it would keep state from call to call."""
+    i, words = start, []
+    while i < len(tokens) and tokens[i].text not in ";={[":
+        words.append(tokens[i].text)
+        if i + 1 < len(tokens) and tokens[i + 1].text == "(":
+            if not _is_attribute(tokens[i]):
+                return  # a function
+            i = _closing(tokens, i + 1)
+        i += 1
+    if not {"const", "constexpr", "struct", "class", "enum", "union", "operator", "__constant__", "__shared__"} & set(words):
+        raise KernelSourceError(
+            f"line {tokens[start].line}: `{' '.join(words)}` keeps state from call to call; use a [[workspace]], or const for a "
+            "table"
+        )
+
+
+def _is_attribute(token: Token) -> bool:
+    return token.text.startswith("__") or token.text == "alignas"
 
 
 def _check_spelling(body: str, first_line: int) -> None:
@@ -152,8 +179,8 @@ def _check_name(token: Token, following: str, target: str) -> None:
         return
     if name in _FORBIDDEN_CPU or (name in _FORBIDDEN_CALLS_CPU and following == "("):
         raise KernelSourceError(
-            f"line {token.line}: '{token.text}' is not allowed in a CPU kernel: it computes on its arguments, with no system calls, "
-            "files, threads of its own (use #pragma omp), inline assembly or load-time code; rename it if it is your own name"
+            f"line {token.line}: '{token.text}' is not allowed in a CPU kernel: it computes on its arguments, with no system "
+            "calls, files, threads of its own (use #pragma omp), inline assembly or load-time code; rename it if it is your own name"
         )
 
 
@@ -191,7 +218,7 @@ def _function(tokens: list[Token], start: int) -> Function:
             raise KernelSourceError(f'line {token.line}: write `extern "C"` in front of each kernel definition, without a block')
         is_global |= token.text == "__global__"
         if token.kind == "name" and following == "(":
-            if token.text.startswith("__") or token.text == "alignas":
+            if _is_attribute(token):
                 i = _closing(tokens, i + 1)
             else:
                 name = token

@@ -27,8 +27,8 @@ WORKSPACE_DTYPES = (*ITEMSIZE, "T", "ACC")
 _DIM = re.compile(r"[a-z_][a-z0-9_]*\Z")
 _TUNABLE = re.compile(r"[A-Z][A-Z0-9_]*\Z")
 _RESERVED = re.compile(r"(T|ACC|(T|P|HAS)_.*)\Z")  # macros of ours
-_TOP = ("implements", "target", "dtypes", "optional", "where", "dims", "static", "tune", "align", "workspace", "prepare", "tensor_map",
-        "launch")  # fmt: skip
+_TOP = ("implements", "target", "dtypes", "optional", "where", "dims", "static", "tune", "align", "workspace", "prepare",
+        "tensor_map", "launch")  # fmt: skip
 _LAUNCH = {"cuda": ("kernel", "args", "grid", "block", "smem", "cluster", "cooperative", "pdl"), "cpu": ("kernel", "args")}
 
 
@@ -160,7 +160,7 @@ def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = 
 def _strings(table: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = table.get(key, [])
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise KernelSourceError(f'{where}: \'{key}\' must be a list of strings, such as {key} = ["..."], not {value!r}')
+        raise KernelSourceError(f"{where}: '{key}' must be a list of strings, such as {key} = [\"...\"], not {value!r}")
     return tuple(value)
 
 
@@ -207,7 +207,7 @@ def _expression(value: Any, where: str) -> Expression:
 def _expressions(table: Mapping[str, Any], key: str, where: str, most: int | None = None) -> tuple[Expression, ...]:
     values = table.get(key, [])
     if not isinstance(values, list):
-        raise KernelSourceError(f'{where}: \'{key}\' must be a list of expressions, such as {key} = ["..."], not {values!r}')
+        raise KernelSourceError(f"{where}: '{key}' must be a list of expressions, such as {key} = [\"...\"], not {values!r}")
     if most is not None and not 1 <= len(values) <= most:
         raise KernelSourceError(f"{where}: '{key}' must have 1 to {most} expressions, it has {len(values)}")
     return tuple(_expression(v, f"{where}.{key}[{i}]") for i, v in enumerate(values))
@@ -223,7 +223,7 @@ def _tables(table: Mapping[str, Any], key: str) -> list[tuple[Mapping[str, Any],
 def _dims(table: Mapping[str, Any]) -> tuple[tuple[str, Expression], ...]:
     values = table.get("dims", {})
     if not isinstance(values, dict):
-        raise KernelSourceError('header: \'dims\' must be a table such as { rows = "x.shape[0]" }')
+        raise KernelSourceError("header: 'dims' must be a table such as { rows = \"x.shape[0]\" }")
     for name in values:
         if not _DIM.match(name) or keyword.iskeyword(name) or name in ("min", "max", "ceil_div", "device"):
             raise KernelSourceError(f"header: dim '{name}' must be a lower-case identifier that is not reserved")
@@ -274,8 +274,8 @@ def _tensor_map(table: Mapping[str, Any], where: str) -> TensorMapSpec:
     elem_strides = _expressions(table, "elem_strides", where) or tuple(Expression("1") for _ in dims)
     if len(box) != len(dims) or len(strides) != len(dims) - 1 or len(elem_strides) != len(dims):
         raise KernelSourceError(
-            f"{where}: {len(dims)} dims need {len(dims)} box sizes, {len(dims)} elem_strides and {len(dims) - 1} strides (in bytes, of "
-            f"dimensions 1 and up); it has {len(box)}, {len(elem_strides)} and {len(strides)}"
+            f"{where}: {len(dims)} dims need {len(dims)} box sizes, {len(dims)} elem_strides and {len(dims) - 1} strides (in "
+            f"bytes, of dimensions 1 and up); it has {len(box)}, {len(elem_strides)} and {len(strides)}"
         )
     return TensorMapSpec(
         _identifier(table, "name", where), _identifier(table, "over", where),

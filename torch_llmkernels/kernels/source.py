@@ -1,7 +1,7 @@
 """A kernel file: parsed, checked, and asked whether it can serve a task.
 
-`parse_kernel` is strict, because its messages are what a language model repairs a candidate from: each says which field or line is
-wrong, why, and what would be right. Whether the code compiles and computes the right thing is for the targets and the evaluation.
+`parse_kernel` is strict, because its messages are what a language model repairs a candidate from: each says which field or line
+is wrong, why, and what would be right. Whether the code compiles and computes the right thing is for the targets and the evaluation.
 """
 
 from __future__ import annotations
@@ -154,8 +154,9 @@ def _check_entries(header: Header, functions: dict[str, Function]) -> None:
     launched = {step.kernel for step in (*header.prepare, *header.launch)}
     for function in functions.values():
         if header.target == "cuda" and not function.is_global:
-            raise KernelSourceError(f'line {function.line}: {function.name} is `extern "C"` but not `__global__`; make it a kernel or '
-                                    "an ordinary __device__ function")  # fmt: skip
+            raise KernelSourceError(
+                f'line {function.line}: {function.name} is `extern "C"` but not `__global__`; make it a kernel or a __device__ function'
+            )
         if function.name not in launched:
             raise KernelSourceError(f'line {function.line}: {function.name} is `extern "C"` but no launch uses it')
 
@@ -165,7 +166,7 @@ def _bind(step: Launch, where: str, functions: dict[str, Function]) -> Launch:
     if step.kernel not in functions:
         defined = ", ".join(functions) or "none"
         raise KernelSourceError(
-            f'{where}: kernel \'{step.kernel}\' has no `extern "C"` definition in the source (defined: {defined})'
+            f"{where}: kernel '{step.kernel}' has no `extern \"C\"` definition in the source (defined: {defined})"
         )
     params = functions[step.kernel].params
     if len(params) != len(step.args):
@@ -193,7 +194,9 @@ def _tensors(header: Header) -> tuple[str, ...]:
     others = {n for n, _ in header.dims} | {n for n, _ in header.tune}
     workspaces, maps = {w.name for w in header.workspace}, {m.name for m in header.tensor_map}
     found: dict[str, None] = {}
-    steps = [(f"prepare[{i}]", s) for i, s in enumerate(header.prepare)] + [(f"launch[{i}]", s) for i, s in enumerate(header.launch)]
+    steps = [(f"prepare[{i}]", s) for i, s in enumerate(header.prepare)] + [
+        (f"launch[{i}]", s) for i, s in enumerate(header.launch)
+    ]
     for where, step in steps:
         for arg, param in zip(step.args, step.params, strict=True):
             what = f"{where}: argument '{arg}' of {step.kernel}"
@@ -201,7 +204,9 @@ def _tensors(header: Header) -> tuple[str, ...]:
                 raise KernelSourceError(f"{what} must be the name of a [[tensor_map]] (there are: {', '.join(maps) or 'none'})")
             if param.type == "pointer":
                 if not arg.isidentifier() or arg in others or arg in maps:
-                    raise KernelSourceError(f"{what} is passed to the pointer {param.name}; name a tensor of the task or a workspace")
+                    raise KernelSourceError(
+                        f"{what} is passed to the pointer {param.name}; name a tensor of the task or a workspace"
+                    )
                 if arg not in workspaces:
                     found[arg] = None
     for spec in header.tensor_map:
@@ -219,7 +224,9 @@ def _check_names(kernel: Kernel) -> None:
     for i, (name, expression) in enumerate(kernel.dims):
         late = sorted(expression.names & set(names[i:]))
         if late:
-            raise KernelSourceError(f"dims.{name}: reads '{late[0]}', which is defined at or after it; dims are evaluated in order")
+            raise KernelSourceError(
+                f"dims.{name}: reads '{late[0]}', which is defined at or after it; dims are evaluated in order"
+            )
         _check_expression(kernel, f"dims.{name}", expression, known)
         known.add(name)
     for where, expression in _expressions(kernel):
