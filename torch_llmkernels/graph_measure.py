@@ -88,6 +88,11 @@ def samples_ms(
     return samples
 
 
+def median_ms(call: Callable[[], Any], device: str) -> float:
+    """Median milliseconds of a warm callable, in at most five seconds."""
+    return statistics.median(samples_ms({"it": call}, device, rounds=7, max_s=5.0)["it"])
+
+
 def _repeats(call: Callable[[], Any], sync: Callable[[], None]) -> int:
     _sample_s(call, 1, sync)
     return max(1, math.ceil(SAMPLE_S / _sample_s(call, 2, sync)))

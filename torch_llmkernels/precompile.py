@@ -1,0 +1,227 @@
+"""Decide everything about a model before it is deployed: `torch_llmkernels.precompile(model, args)`.
+
+1. `capture_graphs` lists the regions of every graph, forward and backward; equal tasks are decided once.
+2. `plan_regions` looks each up and asks what it is worth: its share of the model's time, times its headroom to the roofline.
+3. Worth decides the order in which the budget is spent: verification, tuning, and with a provider a search.
+4. `graph_measure` times the whole model with and without the winners; what does not pay in the graph is vetoed.
+
+Every decision is stored when it is made, so a precompilation that is interrupted goes on where it was. Afterwards the model
+starts warm: nothing is verified, compiled by us or asked of a language model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_llmkernels import settings as knobs
+from torch_llmkernels.cache import bundle
+from torch_llmkernels.cache.key import RecordKey
+from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, untouched
+from torch_llmkernels.evaluation import Record
+from torch_llmkernels.graph_decision import GraphDecision, recall, remember
+from torch_llmkernels.graph_measure import measure, median_ms, step_of
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.plan import record_digest
+from torch_llmkernels.precompile_plan import PlannedRegion, best_baseline_ms, plan_regions, unverified
+from torch_llmkernels.precompile_table import bar, text
+from torch_llmkernels.resolve import Resolver
+from torch_llmkernels.settings import Settings
+
+GRAPH_SHARE = 0.3
+"""Part of the budget that is kept for timing the whole graph."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecompileReport:
+    """What a precompilation did, or with `dry_run` would do.
+
+    Attributes:
+        regions: Every distinct task, those worth most first.
+        graphs: Whole-graph decisions; empty if nothing won, or with `dry_run`.
+        captured: Graphs that Dynamo made.
+        skipped: (signature, reason) of what was recognised but cannot be taken.
+        model_ms: Milliseconds of the model, eager.
+        seconds: What it took.
+        complete: Whether everything was decided within the budget.
+        dry_run: Whether nothing was decided.
+        exported: The bundle that was written, or None.
+    """
+
+    regions: tuple[PlannedRegion, ...]
+    graphs: tuple[GraphDecision, ...]
+    captured: int
+    skipped: tuple[tuple[str, str], ...]
+    model_ms: float
+    seconds: float
+    complete: bool
+    dry_run: bool = False
+    exported: Path | None = None
+
+    @property
+    def winners(self) -> dict[str, Record]:
+        """Records that win in isolation, by task key."""
+        return winners(self.regions)
+
+    @property
+    def swapped(self) -> frozenset[str]:
+        """Keys of the tasks whose kernels a compilation of this model now swaps in, in at least one graph."""
+        if not self.graphs:
+            return frozenset(self.winners)
+        return frozenset(key for graph in self.graphs for key, _ in graph.swapped)
+
+    def __str__(self) -> str:
+        return text(self)
+
+
+def precompile(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    training: bool = False,
+    dynamic_dims: Mapping[int | str, Sequence[int]] | None = None,
+    more_inputs: Sequence[Sequence[Any]] = (),
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    budget: float = 900.0,
+    dry_run: bool = False,
+    export: str | Path | None = None,
+    progress: bool = True,
+) -> PrecompileReport:
+    """Find, verify and remember the kernels of a model, for this device and these shapes.
+
+    The model is run several times, eagerly and compiled; its buffers, gradients and the random state are restored. Compiled
+    code that this process already holds is dropped (`torch._dynamo.reset`): precompile first, then compile.
+
+    Args:
+        model: A module or function, in the train or eval mode it will be used in.
+        args: Positional arguments, on the model's device.
+        kwargs: Keyword arguments.
+        training: Decide forward and backward; else the forward without gradients.
+        dynamic_dims: Dimensions that will vary, by position or keyword: `{0: [0]}` is the batch of the first argument.
+        more_inputs: Further positional arguments, one sequence per input shape.
+        mode: As in `torch.compile`; decide for the mode you will use, graph replay changes what is fast.
+        options: As in `torch.compile`, ours and Inductor's.
+        budget: Seconds. What does not fit stays with Inductor and is taken up by the next precompilation.
+        dry_run: Plan and estimate only.
+        export: Write the winners to this file (`*.llmk`), for `llmkernels cache import`.
+        progress: Show a progress bar on a terminal.
+
+    Raises:
+        LLMKernelsError: for arguments on another device than the model.
+        SettingsError: for an unknown mode or option.
+    """
+    begin = time.monotonic()
+    settings = knobs.current().updated(_ours(options))
+    calls = [Call(tuple(a), kwargs or {}, dynamic_dims or {}) for a in (args, *more_inputs)]
+    graphs = capture_graphs(model, calls, training=training, mode=mode, options=options)
+    model_ms = eager_ms(model, calls, training)
+    regions = plan_regions(graphs, model_ms, settings)
+    skipped = tuple((s.signature, s.reason) for graph in graphs for s in graph.skipped)
+    report = PrecompileReport(tuple(regions), (), len(graphs), skipped, model_ms, 0.0, False, dry_run)
+    if dry_run:
+        return dataclasses.replace(report, seconds=time.monotonic() - begin)
+    regions = decide(regions, settings, begin + budget * (1 - GRAPH_SHARE), progress)
+    compile_options = {"mode": mode, "options": dict(options) if options else None}
+    left = max(budget - (time.monotonic() - begin), 1.0)
+    decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
+    exported = _export(export, regions, settings) if export else None
+    complete = not any(r.is_open for r in regions)
+    return dataclasses.replace(
+        report,
+        regions=tuple(regions),
+        graphs=tuple(decided),
+        seconds=time.monotonic() - begin,
+        complete=complete,
+        exported=exported,
+    )
+
+
+def _ours(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    plain = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    return {name: value for name, value in plain.items() if name in knobs.KNOBS}
+
+
+def eager_ms(model: Any, calls: Sequence[Call], training: bool) -> float:
+    """Median milliseconds of all calls together, eager; with `training` forward and backward."""
+    with untouched(model), torch.set_grad_enabled(training):
+        return median_ms(step_of(model, model, calls, training), _device(calls))
+
+
+def _device(calls: Sequence[Call]) -> str:
+    tensors = [v for call in calls for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor)]
+    return "cuda" if any(t.is_cuda for t in tensors) else "cpu"
+
+
+def decide(regions: Sequence[PlannedRegion], settings: Settings, deadline: float, progress: bool = False) -> list[PlannedRegion]:
+    """Verify, tune and search, in this order of regions, until `deadline` (`time.monotonic`); what is left stays open."""
+    decided = []
+    with bar(len(regions), progress) as advance:
+        for region in regions:
+            advance(f"{region.task.signature} {region.task.key[:8]}")
+            decided.append(_decide(region, settings, deadline - time.monotonic()))
+    return decided
+
+
+def _decide(region: PlannedRegion, settings: Settings, left_s: float) -> PlannedRegion:
+    if region.state == "unavailable" or (region.is_open and left_s <= 0):
+        return region
+    changes: dict[str, Any] = {"verify_budget_s": max(left_s, 0.0)}
+    if settings.provider and region.is_open:
+        changes |= {"on_miss": "search", "search_budget_s": min(settings.search_budget_s, left_s)}
+    resolver = Resolver(settings.updated(changes))
+    decision = resolver.decide(region.task)
+    facts = target_for(region.task.device).facts()
+    unfinished = unverified(resolver, region.task, facts, resolver.store.decision(RecordKey.of(region.task, facts)))
+    state = "unverified" if unfinished else "miss" if region.state == "miss" else "decided"
+    region_ms = best_baseline_ms(decision) or region.region_ms
+    share = min(1.0, region.share * region_ms / region.region_ms) if region.region_ms else region.share
+    return dataclasses.replace(region, decision=decision, state=state, region_ms=region_ms, share=share)
+
+
+def winners(regions: Iterable[PlannedRegion]) -> dict[str, Record]:
+    """Records that win in isolation, by task key."""
+    return {r.task.key: r.decision.record for r in regions if r.decision and r.decision.record and r.state != "unavailable"}
+
+
+def decide_graphs(
+    model: Any,
+    calls: Sequence[Call],
+    graphs: Sequence[CapturedGraph],
+    won: Mapping[str, Record],
+    settings: Settings,
+    training: bool,
+    compile_options: Mapping[str, Any],
+    budget_s: float,
+) -> list[GraphDecision]:
+    """Whole-graph decisions for the graphs that have winners: the store's if they were made with these kernels, else measured."""
+    if not won or settings.swap != "fastest":
+        return []
+    device = next(iter(won.values())).task.device
+    concerned = list({g.key: g for g in graphs if any(t.key in won for t in g.tasks)}.values())
+    known = [recall(graph.key, device, settings) for graph in concerned]
+    if all(d is not None and _answers(d, g, won) for d, g in zip(known, concerned, strict=True)):
+        return [d for d in known if d is not None]
+    decided = measure(model, calls, concerned, won, training=training, compile_options=compile_options, budget_s=budget_s)
+    for decision in decided:
+        remember(decision, device, settings)
+    return decided
+
+
+def _answers(decision: GraphDecision, graph: CapturedGraph, won: Mapping[str, Record]) -> bool:
+    """Whether a stored measurement was made with the kernels that would be swapped in now."""
+    now = {task.key: record_digest(won[task.key]) for task in graph.tasks if task.key in won}
+    return now == dict((*decision.swapped, *decision.vetoed))
+
+
+def _export(path: str | Path, regions: Iterable[PlannedRegion], settings: Settings) -> Path:
+    """Write the winners to a bundle."""
+    path = Path(path)
+    bundle.export(path, records=winners(regions).values())
+    return path

@@ -1,0 +1,146 @@
+"""What deciding each region of a model is worth, and what it costs: the order in which a precompilation spends its budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from torch_llmkernels.cache.key import RecordKey
+from torch_llmkernels.capture import CapturedGraph
+from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluate.baseline import eager
+from torch_llmkernels.evaluate.inputs import InputGenerator
+from torch_llmkernels.evaluate.reference import precision
+from torch_llmkernels.evaluate.roofline import floor, measure_ceilings
+from torch_llmkernels.evaluation import Decision
+from torch_llmkernels.graph_measure import median_ms
+from torch_llmkernels.kernels.device import DeviceFacts
+from torch_llmkernels.kernels.source import Kernel
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.resolve import Resolver
+from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task
+
+log = logging.getLogger("torch_llmkernels.precompile")
+
+SECONDS_PER_KERNEL = {"cpu": 25.0, "cuda": 15.0}
+"""What one kernel's check and timing takes, roughly: most of it is Inductor compiling the baseline."""
+SECONDS_PER_TUNING = {"cpu": 2.0, "cuda": 0.7}
+"""What each further choice of its constants adds: one compilation and a few samples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRegion:
+    """One task of the model, and what deciding it is worth.
+
+    Attributes:
+        task: The task.
+        count: How often it occurs in the model's graphs.
+        state: `decided` (on this device, before), `unverified` (kernels are there), `search` (there are none, a provider is
+            configured), `miss` (there are none), or `unavailable` (its target does not run here).
+        kernels: Names of the kernels that would be verified.
+        region_ms: Milliseconds of one call: the best baseline of its evaluation, else eager; 0 if it could not be timed.
+        floor_ms: Its roofline floor; 0 if unknown.
+        share: Its part of the model's eager time, all occurrences together, 0 to 1.
+        seconds: Estimate of what deciding it takes.
+        tokens: Estimate of what a search for it uses.
+        decision: What is known now.
+    """
+
+    task: Task
+    count: int
+    state: str
+    kernels: tuple[str, ...] = ()
+    region_ms: float = 0.0
+    floor_ms: float = 0.0
+    share: float = 0.0
+    seconds: float = 0.0
+    tokens: int = 0
+    decision: Decision | None = None
+
+    @property
+    def headroom(self) -> float:
+        """The part of its time that the roofline leaves to be won, 0 to 1; 1 if the floor is unknown."""
+        return max(0.0, 1.0 - self.floor_ms / self.region_ms) if self.region_ms and self.floor_ms else 1.0
+
+    @property
+    def worth(self) -> float:
+        """The part of the model's time that a perfect kernel would save."""
+        return self.share * self.headroom
+
+    @property
+    def is_open(self) -> bool:
+        """Whether deciding it takes time."""
+        return self.state in ("unverified", "search")
+
+
+def plan_regions(graphs: Iterable[CapturedGraph], model_ms: float, settings: Settings) -> list[PlannedRegion]:
+    """Every distinct task of the graphs, those worth most first."""
+    tasks = [task for graph in graphs for task in graph.tasks]
+    counts = Counter(task.key for task in tasks)
+    resolver = Resolver(settings)
+    planned = [_planned(task, counts[task.key], model_ms, resolver) for task in {t.key: t for t in tasks}.values()]
+    return sorted(planned, key=lambda region: -region.worth)
+
+
+def _planned(task: Task, count: int, model_ms: float, resolver: Resolver) -> PlannedRegion:
+    target = target_for(task.device)
+    if reason := target.unavailable():
+        return PlannedRegion(task, count, "unavailable", decision=Decision(None, f"kept Inductor: {reason}"))
+    facts = target.facts()
+    known = resolver.store.decision(RecordKey.of(task, facts))
+    kernels = unverified(resolver, task, facts, known)
+    searching = bool(resolver.settings.provider) and not (known and known.record)
+    state = "unverified" if kernels else "search" if searching else "decided" if known else "miss"
+    region_ms = best_baseline_ms(known) or _eager_region_ms(task)
+    seconds, tokens = _estimate(task, facts, kernels, resolver.settings if state == "search" or searching else None)
+    return PlannedRegion(
+        task,
+        count,
+        state,
+        tuple(kernel.name for kernel in kernels),
+        region_ms,
+        _floor_ms(task, facts),
+        min(1.0, count * region_ms / model_ms) if model_ms else 0.0,
+        seconds,
+        tokens,
+        known,
+    )
+
+
+def best_baseline_ms(known: Decision | None) -> float:
+    """The best baseline that an earlier evaluation of the task measured, or 0."""
+    return min((e.baseline_ms for _, e in known.tried if e.baseline_ms), default=0.0) if known else 0.0
+
+
+def _eager_region_ms(task: Task) -> float:
+    """The task's own time, eager, on normal data; 0 if this torch cannot run it by itself."""
+    static = task.at()
+    try:
+        inputs = InputGenerator(static).make("normal", 0)
+        run = eager(static)
+        with torch.no_grad(), precision(static.numerics):
+            return median_ms(lambda: run(inputs), task.device)
+    except (RuntimeError, NotImplementedError, LLMKernelsError) as error:
+        log.info("%s %s was not timed: %s", task.signature, task.key, error)
+        return 0.0
+
+
+def _floor_ms(task: Task, facts: DeviceFacts) -> float:
+    return floor(task, facts, measure_ceilings(task.device)).ms
+
+
+def _estimate(task: Task, facts: DeviceFacts, kernels: Sequence[Kernel], search: Settings | None) -> tuple[float, int]:
+    """(seconds, tokens) that deciding a task takes, at most; `search`: the settings, if a search follows."""
+    choices = sum(max(0, len(kernel.tunings(task, facts)) - 1) for kernel in kernels)
+    seconds = len(kernels) * SECONDS_PER_KERNEL[task.device] + choices * SECONDS_PER_TUNING[task.device]
+    return (seconds + search.search_budget_s, search.search_budget_tokens) if search else (seconds, 0)
+
+
+def unverified(resolver: Resolver, task: Task, facts: DeviceFacts, known: Decision | None) -> list[Kernel]:
+    """Kernels that could serve a task and have not been verified on this device."""
+    return [kernel for kernel, _ in resolver._unverified(task, facts, known or Decision(None, "nothing verified yet"))]

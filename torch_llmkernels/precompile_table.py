@@ -1,0 +1,116 @@
+"""How a precompilation looks on a terminal: its progress and its table."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch_llmkernels.registry import shapes_of
+
+if TYPE_CHECKING:
+    from torch_llmkernels.precompile import PlannedRegion, PrecompileReport
+
+WIDTH = 160
+COLUMNS = ("region", "task", "inputs", "n", "share", "ms", "floor ms", "headroom", "kernels", "decision")
+
+
+@contextlib.contextmanager
+def bar(total: int, show: bool) -> Iterator[Callable[[str], None]]:
+    """A progress bar on standard error, if that is a terminal; yields the function that names the next step."""
+    if not show or not sys.stderr.isatty():
+        yield lambda name: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        bar_id = shown.add_task("precompile", total=total, completed=-1)
+        yield lambda name: shown.update(bar_id, description=name, advance=1)
+
+
+def text(report: PrecompileReport) -> str:
+    """The table and its summary, as plain text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    title = "Plan: nothing is verified yet" if report.dry_run else "Regions: what was decided"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(
+            column, overflow="fold", justify="right" if column in ("n", "share", "ms", "floor ms", "headroom") else "left"
+        )
+    for region in report.regions:
+        table.add_row(*row(region, report))
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=WIDTH)
+    console.print(table)
+    for line in summary(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return buffer.getvalue().rstrip()
+
+
+def row(region: PlannedRegion, report: PrecompileReport) -> list[str]:
+    """One region, in the order of `COLUMNS`."""
+    return [
+        region.task.signature,
+        region.task.key[:8],
+        shapes_of(region.task),
+        str(region.count),
+        f"{region.share:.1%}",
+        f"{region.region_ms:.4f}",
+        f"{region.floor_ms:.4f}",
+        f"{region.headroom:.0%}",
+        ", ".join(region.kernels) or "-",
+        outcome(region, report),
+    ]
+
+
+def outcome(region: PlannedRegion, report: PrecompileReport) -> str:
+    """What happens to a region, in one line."""
+    if region.is_open:
+        what = "search" if region.state == "search" else "verify"
+        return f"{'will' if report.dry_run else 'still to'} {what}: about {region.seconds:.0f} s{_tokens(region.tokens)}"
+    if region.task.key in report.winners and region.task.key not in report.swapped:
+        return "kept Inductor: the whole model is faster without it"
+    if region.decision is None:
+        return f"kept Inductor: no kernel implements {region.task.signature} for this task on {region.task.device}"
+    return region.decision.reason
+
+
+def _tokens(count: int) -> str:
+    return f", at most {count:,} tokens" if count else ""
+
+
+def summary(report: PrecompileReport) -> list[str]:
+    """The lines below the table."""
+    lines = [f"{report.captured} graphs, {len(report.regions)} distinct regions; eager takes {report.model_ms:.3f} ms"]
+    lines += [f"not taken: {signature}: {reason}" for signature, reason in dict.fromkeys(report.skipped)]
+    still_open = [region for region in report.regions if region.is_open]
+    if report.dry_run:
+        seconds, tokens = sum(r.seconds for r in still_open), sum(r.tokens for r in still_open)
+        return [*lines, f"to decide: {len(still_open)} regions, about {seconds:.0f} s{_tokens(tokens)}"]
+    lines += graph_lines(report)
+    if still_open:
+        lines.append(f"the budget ended before {len(still_open)} regions; run it again to go on where it stopped")
+    if report.exported:
+        lines.append(
+            f"{len(report.winners)} kernels exported to {report.exported}; llmkernels cache import takes them in elsewhere"
+        )
+    return [*lines, f"took {report.seconds:.0f} s"]
+
+
+def graph_lines(report: PrecompileReport) -> list[str]:
+    """What the whole-graph measurement said."""
+    if not report.graphs:
+        return ["no swaps: the model compiles exactly as with Inductor"] if not report.winners else []
+    graph: Any = report.graphs[0]  # all graphs of a model are measured together
+    if not report.swapped:
+        return [f"no swaps: with them the whole model runs at {graph.inductor_ms:.3f} ms or more under Inductor alone"]
+    return [
+        f"whole model: Inductor {graph.inductor_ms:.3f} ms, with {len(report.swapped)} swaps {graph.swapped_ms:.3f} ms: "
+        f"{graph.speedup:.2f}x (noise {graph.noise:.1%})"
+    ]
