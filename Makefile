@@ -58,7 +58,7 @@ demo-search: $(STAMP)
 wheel-test: $(STAMP)
 	rm -rf build/wheel-test
 	mkdir -p build/wheel-test/empty
-	$(PY) -m build --wheel --no-isolation --outdir build/wheel-test . > build/wheel-test/build.log || (cat build/wheel-test/build.log; exit 1)
+	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir build/wheel-test .
 	$(PY) -m venv --without-pip build/wheel-test/venv
 	$(PY) -m pip --disable-pip-version-check --python build/wheel-test/venv/bin/python install --quiet --no-deps build/wheel-test/*.whl
 	lent=`$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`; \

@@ -15,9 +15,10 @@ from tests.records import KERNEL, decision_for, key_for, record_for
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.cache.store import Store
+from torch_llmkernels.capture import capture
 from torch_llmkernels.cli import main
 from torch_llmkernels.cli.doctor import Finding, examine
-from torch_llmkernels.cli.explain import explain, made, plans
+from torch_llmkernels.cli.explain import explain, made
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.settings import Settings
 
@@ -202,14 +203,15 @@ def test_explain_names_regions_keys_and_what_would_be_tried(store: Store, script
 
 
 def test_explain_names_the_key_field_that_differs_and_then_the_decision(store: Store, script: str) -> None:
-    model, inputs = made(f"{script}:make")
-    ((task,), _), *_ = plans(model, inputs, training=False, dynamic=None)
+    model, call = made(f"{script}:make")
+    (region,) = capture(model, call.args)
+    task = region.task
     key = RecordKey.of(task, target_for("cpu").facts())
     store.put_decision(dataclasses.replace(key, torch="2.0.0"), decision_for(task))
-    (region,) = explain(model, inputs, Settings.from_environment())
+    (region,) = explain(model, call, Settings.from_environment())
     assert region.differences == (f"torch: {key.torch} here, 2.0.0 in the store",)
     store.put_decision(key, decision_for(task))
-    (region,) = explain(model, inputs, Settings.from_environment())
+    (region,) = explain(model, call, Settings.from_environment())
     assert (region.state, region.differences) == ("hit", ()) and region.detail.startswith("swapped: ln runs at 2.00x")
 
 

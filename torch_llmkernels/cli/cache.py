@@ -33,7 +33,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_show)
 
     parser = actions.add_parser("verify", help="check that every entry can be read (1 if not)")
-    parser.add_argument("--run", dest="evaluate", action="store_true", help="also check and time every kernel again on this device")
+    parser.add_argument("--run", dest="evaluate", action="store_true", help="also check every kernel again on this device")
     output.add_json(parser)
     parser.set_defaults(run=_verify)
 

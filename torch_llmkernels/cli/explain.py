@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch_llmkernels.cli import output
 from torch_llmkernels.settings import Settings
 
 if TYPE_CHECKING:
+    from torch_llmkernels.capture import Call
     from torch_llmkernels.task import Task
 
 
@@ -55,8 +56,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print one row per region."""
-    model, inputs = made(args.factory)
-    found = explain(model, inputs, knobs.current(), training=args.training, dynamic=args.dynamic or None)
+    model, call = made(args.factory)
+    found = explain(model, call, knobs.current(), training=args.training, dynamic=args.dynamic)
     if args.json:
         output.print_json([dataclasses.asdict(region) for region in found])
         return 0
@@ -65,8 +66,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def made(factory: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The model and the inputs that `FILE.py:NAME` or `package.module:NAME` returns; a model alone takes no inputs.
+def made(factory: str) -> tuple[Callable[..., Any], Call]:
+    """The model and the call that `FILE.py:NAME` or `package.module:NAME` returns.
+
+    The function returns `(model, inputs)` with a tensor, a tuple of positional or a dict of keyword arguments, or a model alone
+    that takes no arguments.
 
     Raises:
         UsageError: if it cannot be found or returns something else.
@@ -77,13 +81,17 @@ def made(factory: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     function = getattr(_module(place), name, None)
     if not callable(function):
         raise output.UsageError(f"{place} has no function {name!r}; write one that returns (model, inputs)")
+    from torch_llmkernels.capture import Call
+
     result = function()
     model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
     if not callable(model):
         raise output.UsageError(
             f"{factory} returned {type(result).__name__}; it must return (model, inputs), or a model without inputs"
         )
-    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if isinstance(inputs, dict):
+        return model, Call(kwargs=inputs)
+    return model, Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
 
 
 def _module(place: str) -> Any:
@@ -103,52 +111,29 @@ def _module(place: str) -> Any:
 
 
 def explain(
-    model: Callable[..., Any], inputs: Sequence[Any], settings: Settings, training: bool = False, dynamic: bool | None = None
+    model: Callable[..., Any], call: Call, settings: Settings, training: bool = False, dynamic: bool = False
 ) -> list[Explained]:
-    """Every region of `model(*inputs)`, graph by graph, as the backend would find it.
+    """Every region of `model` called like `call`, graph by graph, as the backend would find it.
 
     Args:
         model: A module or function; it runs once, in eager mode.
-        inputs: Its positional arguments.
+        call: Its arguments.
         settings: The knobs in force.
-        training: Trace with gradients.
+        training: With gradients: forward and backward regions.
         dynamic: As in `torch.compile`.
     """
+    from torch_llmkernels.capture import capture_graphs
+
     lookup = Lookup(settings)
-    return [
-        region
-        for position, (tasks, skipped) in enumerate(plans(model, inputs, training, dynamic))
-        for region in (
-            *(lookup.explain(position, task) for task in tasks),
-            *(Explained(position, s.signature, "", "", "skipped", s.reason) for s in skipped),
-        )
-    ]
-
-
-def plans(
-    model: Callable[..., Any], inputs: Sequence[Any], training: bool, dynamic: bool | None
-) -> list[tuple[tuple[Task, ...], tuple[Any, ...]]]:
-    """(tasks, skipped regions) of every graph that Dynamo captures; the graphs themselves run in eager mode."""
-    import torch
-
-    from torch_llmkernels.backend import discover, why_plain
-    from torch_llmkernels.options import read_request
-
-    request = read_request(None, None)
-    plans = []
-
-    def look(gm: Any, example_inputs: Sequence[Any]) -> Any:
-        if why_plain(gm, request):
-            plans.append(((), ()))
-        else:
-            found = discover(gm, example_inputs, request)
-            plans.append((found.tasks, found.skipped))
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.set_grad_enabled(training):
-        torch.compile(model, backend=look, dynamic=dynamic)(*inputs)
-    return plans
+    found: list[Explained] = []
+    with knobs.override(**dataclasses.asdict(settings)):
+        graphs = capture_graphs(model, [call], training=training, dynamic=dynamic)
+    for position, graph in enumerate(graphs):
+        if graph.note:
+            found.append(Explained(position, "(whole graph)", "", "", "skipped", graph.note))
+        found += [lookup.explain(position, task) for task in graph.tasks]
+        found += [Explained(position, s.signature, "", "", "skipped", s.reason) for s in graph.skipped]
+    return found
 
 
 class Lookup:
