@@ -39,8 +39,8 @@ _FORBIDDEN_CPU = {
 }  # fmt: skip
 # ordinary words too, so only refused where they are called
 _FORBIDDEN_CALLS_CPU = {
-    "read", "write", "close", "send", "recv", "connect", "bind", "listen", "accept", "select", "poll", "remove", "rename", "unlink",
-    "pipe", "wait", "trap", "exec", "spawn",
+    "read", "write", "close", "send", "recv", "connect", "bind", "listen", "accept", "select", "poll", "remove", "rename",
+    "unlink", "pipe", "wait", "trap", "exec", "spawn",
 }  # fmt: skip
 
 _TOKEN = re.compile(
@@ -179,8 +179,9 @@ def _check_name(token: Token, following: str, target: str) -> None:
         return
     if name in _FORBIDDEN_CPU or (name in _FORBIDDEN_CALLS_CPU and following == "("):
         raise KernelSourceError(
-            f"line {token.line}: '{token.text}' is not allowed in a CPU kernel: it computes on its arguments, with no system "
-            "calls, files, threads of its own (use #pragma omp), inline assembly or load-time code; rename it if it is your own name"
+            f"line {token.line}: '{token.text}' is not allowed in a CPU kernel: it computes on its arguments, with no "
+            "system calls, files, threads of its own (use #pragma omp), inline assembly or load-time code; rename it if it "
+            "is your own name"
         )
 
 

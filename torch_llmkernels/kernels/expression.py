@@ -1,7 +1,8 @@
 """The integer expressions of a kernel's header: `ceil_div(rows, ROWS)`, `cols % 4 == 0`, `1 <= x.shape[-1] < 65536`.
 
-The language: int literals, names, `tensor.attribute`, `name[i]` with a literal index, `+ - * // %` (Python's floor semantics),
-unary minus, chained comparisons (0 or 1), and `min`, `max`, `ceil_div`. Nothing else parses. Every intermediate value must fit int64.
+The language: int literals, names, `tensor.attribute`, `name[i]` with a literal index, `+ - * // %` (Python's floor
+semantics), unary minus, chained comparisons (0 or 1), and `min`, `max`, `ceil_div`. Nothing else parses. Every intermediate value
+must fit int64.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A kernel's launches with every number filled in: what a target needs to bind arguments and call.
 
-A static task has one `Plan`; a dynamic one has a plan per tuple of symbol values, which the launchers cache. Nothing here touches a
-device or imports torch.
+A static task has one `Plan`; a dynamic one has a plan per tuple of symbol values, which the launchers cache. Nothing here
+touches a device or imports torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A kernel file: parsed, checked, and asked whether it can serve a task.
 
-`parse_kernel` is strict, because its messages are what a language model repairs a candidate from: each says which field or line
-is wrong, why, and what would be right. Whether the code compiles and computes the right thing is for the targets and the evaluation.
+`parse_kernel` is strict, because its messages are what a language model repairs a candidate from: each says which field or
+line is wrong, why, and what would be right. Whether the code compiles and computes the right thing is for the targets and the
+evaluation.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def _check_entries(header: Header, functions: dict[str, Function]) -> None:
     for function in functions.values():
         if header.target == "cuda" and not function.is_global:
             raise KernelSourceError(
-                f'line {function.line}: {function.name} is `extern "C"` but not `__global__`; make it a kernel or a __device__ function'
+                f'line {function.line}: {function.name} is `extern "C"` but not `__global__`; make it one of them'
             )
         if function.name not in launched:
             raise KernelSourceError(f'line {function.line}: {function.name} is `extern "C"` but no launch uses it')
