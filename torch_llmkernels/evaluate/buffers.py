@@ -56,10 +56,7 @@ class GuardedTensor:
 
     def load(self, values: torch.Tensor) -> None:
         """Write `values` (of the spec's shape, any layout); guards and gaps keep their fill."""
-        for dim, stride in enumerate(self.tensor.stride()):
-            if stride == 0 and values.shape[dim] > 1:
-                values = values.narrow(dim, 0, 1)
-        _one_element_per_address(self.tensor).copy_(values)
+        assign(self.tensor, values)
 
     def damage(self) -> str | None:
         """What was written outside the tensor's elements, or None."""
@@ -79,6 +76,19 @@ class GuardedTensor:
         covered = torch.zeros(self._span // size, dtype=torch.bool, device=self.storage.device)
         _one_element_per_address(covered.as_strided(self.tensor.shape, self.tensor.stride())).fill_(True)
         return self.storage[self._begin : self._begin + self._span].view(-1, size)[~covered]
+
+
+def empty(spec: TensorSpec, device: torch.device | str) -> torch.Tensor:
+    """An uninitialised tensor of a static spec, in an allocation of its own."""
+    return torch.empty_strided(_ints(spec.shape), _ints(spec.stride), dtype=dtype_of(spec), device=device)
+
+
+def assign(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy `values`, of the same shape, into a tensor that may repeat elements (stride 0)."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
 
 
 def span_bytes(spec: TensorSpec, itemsize: int) -> int:

@@ -1,0 +1,73 @@
+"""What a kernel has to beat: the task's program as eager runs it, and as Inductor compiles it."""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torch_llmkernels.evaluate.reference import precision
+from torch_llmkernels.program import module_of
+from torch_llmkernels.task import Task
+
+log = logging.getLogger("torch_llmkernels.evaluate")
+
+Call = Callable[[Sequence[torch.Tensor]], Any]
+"""Runs a static task on its inputs and gives its outputs."""
+
+KEPT = 8
+"""Compiled baselines kept by a process: a search evaluates many candidates of one task."""
+_compiled: collections.OrderedDict[tuple[str, bool], Call | None] = collections.OrderedDict()
+
+
+def eager(task: Task) -> Call:
+    """The static task's program, operator by operator."""
+    module = module_of(task)
+    return lambda inputs: module(*inputs)
+
+
+def inductor(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool = False) -> Call | None:
+    """The static task compiled by Inductor, called as Inductor's own wrapper calls it; None if it does not compile.
+
+    Neither Dynamo's guards nor AOTAutograd's wrapper are in the call: inside a larger graph a region pays for neither.
+    """
+    key = (task.key, max_autotune)
+    if key not in _compiled:
+        _compiled[key] = _compile(task, inputs, max_autotune)
+        while len(_compiled) > KEPT:
+            _compiled.popitem(last=False)
+    return _compiled[key]
+
+
+def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> Call | None:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    inner: list[Any] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        inner.append(compile_fx_inner(*args, **kwargs))
+        return inner[-1]
+
+    patches = {"max_autotune": True} if max_autotune else {}
+    try:
+        with torch.no_grad(), precision(task.numerics):
+            whole = compile_fx(module_of(task), list(inputs), inner_compile=keep, config_patches=patches)
+            expected = whole(*inputs)
+            return _inner_call(inner, inputs, expected) or (lambda tensors: whole(*tensors))
+    except Exception as error:  # whatever Inductor cannot do, eager is left to compare with
+        log.info("no Inductor baseline for %s: %s: %s", task.signature, type(error).__name__, error)
+        return None
+
+
+def _inner_call(inner: list[Any], inputs: Sequence[torch.Tensor], expected: Any) -> Call | None:
+    """Inductor's wrapper alone, if it takes the program's inputs and gives its outputs as they are."""
+    if len(inner) != 1:
+        return None
+    got = inner[0](list(inputs))
+    same = len(got) == len(expected) and all(
+        isinstance(g, torch.Tensor) and g.shape == e.shape and g.dtype == e.dtype for g, e in zip(got, expected, strict=True)
+    )
+    return (lambda tensors: inner[0](list(tensors))) if same else None

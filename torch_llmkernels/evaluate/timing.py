@@ -1,0 +1,270 @@
+"""How long a kernel takes, beside its baselines, in one process and in turns.
+
+One sample of a subject calls it once on each of several data sets, whose inputs and outputs lie in memory of their own. Before
+every sample, outside the clock, the data is drawn again and the outputs are overwritten: a result kept from an earlier call is
+never right again. On CUDA a sample is the replay of one captured graph between two events, with the L2 cache flushed before it
+and the sets together larger than twice the L2 cache; on the CPU it is a loop under `perf_counter`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torch_llmkernels.evaluate.baseline import eager, inductor
+from torch_llmkernels.evaluate.buffers import FINITE_BYTE, assign, dtype_of, empty, span_bytes
+from torch_llmkernels.evaluate.inputs import InputGenerator
+from torch_llmkernels.evaluate.reference import precision
+from torch_llmkernels.kernels.device import DeviceFacts
+from torch_llmkernels.task import Task, TensorSpec
+
+Run = Callable[..., None]
+
+MOST_SETS = {"cuda": 256, "cpu": 16}
+MOST_SET_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+L2_MULTIPLE = 2
+MOST_SAMPLES, FEWEST_SAMPLES = 100, 9
+SECONDS_PER_SUBJECT = 0.7
+"""Time spent inside the clock per subject; slow subjects get `FEWEST_SAMPLES`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Medians over samples, in milliseconds per call.
+
+    Attributes:
+        kernel_ms: The candidate's.
+        spread: Its interquartile range over its median.
+        baselines_ms: (name, milliseconds) of `eager` and, where it compiles, `inductor`.
+        mismatch: How the outputs of a timed sample differ from those of a checked call on the same data, or None.
+    """
+
+    kernel_ms: float
+    spread: float
+    baselines_ms: tuple[tuple[str, float], ...]
+    mismatch: str | None = None
+
+
+@dataclasses.dataclass
+class DataSet:
+    """Tensors of one call: outputs, workspaces and inputs of exact stride."""
+
+    outputs: list[torch.Tensor]
+    workspaces: list[torch.Tensor]
+    inputs: list[torch.Tensor]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """In the order of a launcher's arguments."""
+        return [*self.outputs, *self.workspaces, *self.inputs]
+
+
+def make_sets(task: Task, workspaces: Sequence[TensorSpec], facts: DeviceFacts, seed: int = 0) -> list[DataSet]:
+    """Data sets of a static task, normal data: at least two, on CUDA together larger than twice the L2 cache if memory allows."""
+    specs = (*task.outputs, *workspaces, *task.inputs)
+    size = max(1, sum(span_bytes(t, dtype_of(t).itemsize) for t in specs))
+    wanted = math.ceil(L2_MULTIPLE * facts.l2_bytes / size) + 1 if task.device == "cuda" else MOST_SETS["cpu"]
+    count = max(2, min(wanted, MOST_SETS[task.device], MOST_SET_BYTES[task.device] // size))
+    generator = InputGenerator(task)
+    sets = []
+    for number in range(count):
+        made = DataSet(*([empty(t, task.device) for t in group] for group in (task.outputs, workspaces, task.inputs)))
+        for tensor, values in zip(made.inputs, generator.make("normal", seed + number), strict=True):
+            assign(tensor, values)
+        sets.append(made)
+    return sets
+
+
+class _Subject:
+    """Something to time: one call per data set."""
+
+    def __init__(self, name: str, calls: Sequence[Callable[[], Any]]) -> None:
+        self.name, self.calls = name, calls
+        self.samples: list[float] = []
+
+    def sample(self) -> None:
+        """Add the milliseconds per call of one pass over the sets."""
+        start = time.perf_counter()
+        for call in self.calls:
+            call()
+        self.samples.append((time.perf_counter() - start) * 1e3 / len(self.calls))
+
+    @property
+    def enough(self) -> bool:
+        spent = sum(self.samples) * len(self.calls) / 1e3
+        return len(self.samples) >= MOST_SAMPLES or (len(self.samples) >= FEWEST_SAMPLES and spent >= SECONDS_PER_SUBJECT)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median if self.median else 0.0
+
+
+class _CudaSubject(_Subject):
+    """The same as one captured graph; where capture fails, calls one after the other."""
+
+    def __init__(self, name: str, calls: Sequence[Callable[[], Any]], flush: torch.Tensor) -> None:
+        super().__init__(name, calls)
+        self._flush = flush
+        self._graph = self._capture()
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in (self.calls[0], self.calls[-1]):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in self.calls:
+                    call()
+        except (RuntimeError, AssertionError):  # an operator that synchronises cannot be captured
+            torch.cuda.synchronize()
+            return None
+        return graph
+
+    def sample(self) -> None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        torch.cuda.synchronize()
+        begin.record()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            for call in self.calls:
+                call()
+        end.record()
+        end.synchronize()
+        self.samples.append(begin.elapsed_time(end) / len(self.calls))
+
+
+class Stopwatch:
+    """Times one task's candidates; keeps the data sets and the compiled baselines between them.
+
+    Args:
+        task: Static.
+        symbols: Values of the dynamic task's symbols, passed to the candidate after its tensors.
+        workspaces: What the candidate wants.
+        facts: The device.
+    """
+
+    def __init__(self, task: Task, symbols: Sequence[int], workspaces: Sequence[TensorSpec], facts: DeviceFacts) -> None:
+        self._task, self._symbols = task, list(symbols)
+        self._sets = make_sets(task, workspaces, facts)
+        self._flush = torch.empty(
+            L2_MULTIPLE * facts.l2_bytes if task.device == "cuda" else 0, dtype=torch.uint8, device=task.device
+        )
+        self._fresh = [i for i, t in enumerate(task.inputs) if self._may_change(t)]
+
+    def _may_change(self, spec: TensorSpec) -> bool:
+        """Whether new normal values keep an input valid: floating, not a parameter, not a statistic of another input."""
+        tied = spec.name.endswith(("mean", "var", "rstd", "invstd", "logsumexp", "out", "output", "total_weight", "mask"))
+        return dtype_of(spec).is_floating_point and spec.name not in self._task.constant and not tied
+
+    @torch.no_grad()
+    def kernel_only(self, run: Run) -> float:
+        """A few samples of a candidate alone, to choose among constants."""
+        with precision(self._task.numerics):
+            subject = self._subject("kernel", self._kernel_calls(run))
+            for _ in range(FEWEST_SAMPLES):
+                self._renew()
+                subject.sample()
+        return subject.median
+
+    @torch.no_grad()
+    def compare(self, run: Run, checked: Run, *, prepare: Run | None = None, max_autotune: bool = False) -> Times:
+        """Time a candidate beside eager and Inductor, in turns.
+
+        Args:
+            run: The candidate, called as a launcher is.
+            checked: The same kernel as it was checked, with nothing prepared; its outputs are what the timed ones must be.
+            prepare: Called once per data set before timing, for constants that the runtime would prepare once.
+            max_autotune: Add Inductor's max-autotune as a baseline.
+        """
+        if prepare is not None:
+            for data in self._sets:
+                prepare(*data.tensors, *self._symbols)
+        with precision(self._task.numerics):
+            kernel = self._subject("kernel", self._kernel_calls(run))
+            baselines = self._baselines(max_autotune)
+            turns = [kernel, *baselines]
+            for subject in turns:  # warm up
+                subject.sample()
+                subject.samples.clear()
+            order = random.Random(0)
+            while not all(s.enough for s in turns):
+                for subject in order.sample(turns, len(turns)):
+                    self._renew()
+                    subject.sample()
+            mismatch = self._mismatch(kernel, checked)
+        times = tuple((s.name, s.median) for s in baselines)
+        return Times(kernel.median, kernel.spread, times, mismatch)
+
+    def _kernel_calls(self, run: Run) -> list[Callable[[], Any]]:
+        return [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
+
+    def _baselines(self, max_autotune: bool) -> list[_Subject]:
+        found = [("eager", eager(self._task)), ("inductor", inductor(self._task, self._sets[0].inputs))]
+        if max_autotune:
+            found.append(("max_autotune", inductor(self._task, self._sets[0].inputs, max_autotune=True)))
+        return [self._subject(n, [_bound(c, (data.inputs,)) for data in self._sets]) for n, c in found if c is not None]
+
+    def _subject(self, name: str, calls: list[Callable[[], Any]]) -> _Subject:
+        if self._task.device == "cuda":
+            return _CudaSubject(name, calls, self._flush)
+        for call in (calls[0], calls[-1]):
+            call()
+        return _Subject(name, calls)
+
+    def _renew(self) -> None:
+        """New data in the same buffers, and outputs that are nobody's answer."""
+        for data in self._sets:
+            for i in self._fresh:
+                tensor = data.inputs[i]
+                assign(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).normal_())
+            for tensor in data.outputs:
+                tensor.view(torch.uint8).fill_(FINITE_BYTE) if tensor.is_contiguous() and tensor.ndim else tensor.fill_(1)
+
+    def _mismatch(self, kernel: _Subject, checked: Run) -> str | None:
+        """Compare what a timed sample leaves in the outputs of the first and last set with a checked call on the same data."""
+        self._renew()
+        kernel.sample()
+        kernel.samples.pop()
+        if self._task.device == "cuda":
+            torch.cuda.synchronize()
+        for number in (0, -1):
+            data = self._sets[number]
+            again = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in data.outputs]
+            scratch = [torch.empty_like(t) for t in data.workspaces]
+            checked(*again, *scratch, *data.inputs, *self._symbols)
+            for spec, timed, right in zip(self._task.outputs, data.outputs, again, strict=True):
+                if not agree(timed, right):
+                    return f"output {spec.name} of a timed call differs from that of a checked call on the same data"
+        return None
+
+
+def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two results of one kernel on one data set agree to rounding (64 ulps of the norm), NaN where NaN is."""
+    if not a.is_floating_point():
+        return bool((a != b).sum() <= a.numel() // 1000)
+    same = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
+    x, y = (torch.where(t.isfinite(), t, 0).double() for t in (a, b))
+    return same and float((x - y).norm()) <= 64 * torch.finfo(a.dtype).eps * float(y.norm())
+
+
+def _bound(call: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: call(*args)

@@ -1,0 +1,257 @@
+"""Evaluations in a process of their own, which may hang, crash or be killed without harm to the caller.
+
+One long-lived child per `Worker`, spoken to in lines of JSON over two pipes: importing torch takes seconds, an evaluation less.
+Nothing that the child sends is unpickled. It has no standard input, its output goes to a log, and the variables of the
+environment that look like credentials are not passed on. This contains mistakes; it is no sandbox against malice.
+
+Run as a module it is that child: `python -m torch_llmkernels.evaluate.worker READ_FD WRITE_FD`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from torch_llmkernels import settings as knobs
+from torch_llmkernels.errors import LLMKernelsError, SchemaError, WorkerDied, WorkerTimeout
+from torch_llmkernels.evaluate.run import Job, evaluate
+from torch_llmkernels.evaluation import Evaluation, Status
+from torch_llmkernels.settings import Settings
+
+START_TIMEOUT_S = 180.0
+ORPHAN_GRACE_S = 30.0
+"""Seconds after a job's limit at which a child whose parent is gone ends itself."""
+LARGEST_FILE = 4 << 30
+LOG_TAIL = 600
+_SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|SESSION|PRIVATE|^AWS_|^AZURE_|^GOOGLE_|^GH_|^HF_", re.IGNORECASE
+)
+
+
+def clean_environment(environ: Mapping[str, str], settings: Settings) -> dict[str, str]:
+    """The child's environment: the caller's without credentials, and with a module path that finds this package."""
+    kept = {k: v for k, v in environ.items() if not _SECRET.search(k) and k != settings.api_key_env}
+    package_root = str(Path(__file__).parents[2])
+    kept["PYTHONPATH"] = os.pathsep.join([package_root, *filter(None, [environ.get("PYTHONPATH", "")])])
+    return kept
+
+
+class Worker:
+    """A child process that evaluates jobs, one at a time; started at first use, restarted after it died.
+
+    Args:
+        settings: `worker_timeout_s` limits a job; the rest holds inside the child too.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def evaluate(self, job: Job) -> Evaluation:
+        """The outcome of a job. A crash is CRASHED and a hang TIMEOUT; no exception comes from the kernel."""
+        with self._lock:
+            start = time.monotonic()
+            try:
+                outcome = self._ask(job)
+            except WorkerTimeout as error:
+                self._stop()
+                outcome = Evaluation(Status.TIMEOUT, detail=str(error), tier=job.tier)
+            except (WorkerDied, SchemaError) as error:
+                self._stop()
+                outcome = Evaluation(Status.CRASHED, detail=str(error), tier=job.tier)
+            if outcome.status is Status.CRASHED:
+                self._stop()  # a broken CUDA context does not heal
+            return dataclasses.replace(outcome, seconds=time.monotonic() - start)
+
+    def _ask(self, job: Job) -> Evaluation:
+        if self._child is None:
+            self._child = _Child(self._settings)
+        return self._child.ask(job)
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+        self._child = None
+
+    def close(self) -> None:
+        """End the child; a later job starts another. A job in flight on another thread ends as CRASHED."""
+        child = self._child
+        if child is not None:
+            child.kill()
+        with self._lock:
+            self._child = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Child:
+    """The parent's end of one child process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._limit = settings.worker_timeout_s
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
+        self._buffer = b""
+        self._stage = "starting"
+        theirs_in, self._to = os.pipe()
+        self._from, theirs_out = os.pipe()
+        command = [sys.executable, "-m", "torch_llmkernels.evaluate.worker", str(theirs_in), str(theirs_out)]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, pass_fds=(theirs_in, theirs_out),
+                env=clean_environment(os.environ, settings), start_new_session=True,
+            )  # fmt: skip
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        self._send({"settings": dataclasses.asdict(settings)})
+        self._receive(time.monotonic() + START_TIMEOUT_S, "ready")
+
+    def ask(self, job: Job) -> Evaluation:
+        """Send a job and wait for its outcome.
+
+        Raises:
+            WorkerTimeout: if it takes longer than the limit.
+            WorkerDied: if the child ends without an answer.
+            SchemaError: if the answer is not an evaluation.
+        """
+        import torch
+
+        identity = secrets.token_hex(16)
+        self._send({"id": identity, "job": job.to_json(), "threads": torch.get_num_threads(), "limit": self._limit})
+        deadline = time.monotonic() + self._limit
+        answer = self._receive(deadline, identity)
+        return Evaluation.from_json(answer)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        try:
+            while data:
+                data = data[os.write(self._to, data) :]
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def _receive(self, deadline: float, identity: str) -> Any:
+        """The body of the message with this identity; stages on the way are noted."""
+        while True:
+            message = self._line(deadline)
+            if message.get("id") == identity and "answer" in message:
+                return message["answer"]
+            if "stage" in message:
+                self._stage = str(message["stage"])
+
+    def _line(self, deadline: float) -> dict[str, Any]:
+        while b"\n" not in self._buffer:
+            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise WorkerTimeout(f"killed after {self._limit:g} s (worker_timeout_s) while {self._stage}")
+            data = os.read(self._from, 1 << 16)
+            if not data:
+                raise self._died()
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            raise SchemaError(f"the worker sent something that is no message while {self._stage}")
+        return message
+
+    def _died(self) -> WorkerDied:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        code = self._process.returncode
+        how = (
+            "closed its pipe" if code is None else f"exited with code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
+        )
+        return WorkerDied(f"the worker {how} while {self._stage}. {self._log_tail()}".strip())
+
+    def _log_tail(self) -> str:
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - LOG_TAIL))
+        text = self._log.read().decode(errors="replace").strip()
+        return f"Its last output: {text}" if text else ""
+
+    def kill(self) -> None:
+        """End the child and whatever it started."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for descriptor in (self._to, self._from):
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._to = self._from = -1
+        self._log.close()
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _serve(read_fd: int, write_fd: int) -> None:
+    """The child: settings first, then a job per line until the pipe closes."""
+    _limit_resources()
+    import faulthandler
+
+    import torch
+
+    requests = os.fdopen(read_fd, "rb")
+
+    def send(message: dict[str, Any]) -> None:
+        data = json.dumps(message, allow_nan=False).encode() + b"\n"
+        while data:
+            data = data[os.write(write_fd, data) :]
+
+    with knobs.override(**json.loads(requests.readline())["settings"]):
+        send({"id": "ready", "answer": None})
+        for line in requests:
+            request = json.loads(line)
+            torch.set_num_threads(int(request["threads"]))
+            # a hang outlives a parent that was killed, but not this
+            faulthandler.dump_traceback_later(request["limit"] + ORPHAN_GRACE_S, exit=True)
+            outcome = _outcome(request["job"], lambda stage: send({"stage": stage}))
+            faulthandler.cancel_dump_traceback_later()
+            send({"id": request["id"], "answer": outcome.to_json()})
+
+
+def _outcome(job: dict[str, Any], progress: Any) -> Evaluation:
+    try:
+        return evaluate(Job.from_json(job), progress)
+    except LLMKernelsError as error:
+        return Evaluation(Status.NOT_APPLICABLE, detail=str(error))
+
+
+def _limit_resources() -> None:
+    """No core files, and no file larger than any that compiling makes."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = LARGEST_FILE if hard == resource.RLIM_INFINITY else min(hard, LARGEST_FILE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))
