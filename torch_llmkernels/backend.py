@@ -27,7 +27,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from torch_llmkernels import plan, registry
+from torch_llmkernels import graph_decision, plan, registry
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
@@ -68,7 +68,7 @@ def llmkernels(
         return compile_plain(gm, example_inputs, request, reason)
     try:
         found = plan_of(gm, example_inputs, request)
-        decisions = resolve(found.tasks, request.settings)
+        decisions = graph_decision.apply(found.tasks, resolve(found.tasks, request.settings), request)
     except torch._dynamo.exc.TorchDynamoException:
         raise  # Dynamo's own control flow: a restart of its analysis
     except Exception as error:

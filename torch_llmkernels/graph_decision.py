@@ -1,7 +1,7 @@
 """Never slower: what was measured about whole graphs, and which swaps it forbids.
 
 A kernel that wins in isolation can lose in its graph, because an opaque region breaks a fusion that Inductor would have made.
-`graph_measure` compiles and times a model with and without its swaps, and leaves a `GraphDecision` for each of its graphs in the
+`precompile` compiles and times a model with and without its swaps, and leaves a `GraphDecision` for each of its graphs in the
 store; the backend asks `apply` before it swaps. A graph that was never measured has no vetoes: its swaps rest on their margin in
 isolation (`min_speedup`).
 """

@@ -3,7 +3,7 @@
 1. `capture_graphs` lists the regions of every graph, forward and backward; equal tasks are decided once.
 2. `plan_regions` looks each up and asks what it is worth: its share of the model's time, times its headroom to the roofline.
 3. Worth decides the order in which the budget is spent: verification, tuning, and with a provider a search.
-4. `graph_measure` times the whole model with and without the winners; what does not pay in the graph is vetoed.
+4. `whole_graph` times the whole model with and without the winners; what does not pay in the graph is vetoed.
 
 Every decision is stored when it is made, so a precompilation that is interrupted goes on where it was. Afterwards the model
 starts warm: nothing is verified, compiled by us or asked of a language model.
@@ -25,11 +25,11 @@ from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, untouched
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
-from torch_llmkernels.graph_measure import measure, median_ms, step_of
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.plan import record_digest
-from torch_llmkernels.precompile_plan import PlannedRegion, best_baseline_ms, plan_regions, unverified
-from torch_llmkernels.precompile_table import bar, text
+from torch_llmkernels.precompile.table import bar, text
+from torch_llmkernels.precompile.whole_graph import measure, median_ms, step_of
+from torch_llmkernels.precompile.worth import PlannedRegion, best_baseline_ms, plan_regions, unverified
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
 
