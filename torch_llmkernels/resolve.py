@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.library import Library, default_library
-from torch_llmkernels.cache.store import Store, open_store
+from torch_llmkernels.cache.store import BaseStore, open_store
 from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluation import Decision, Evaluation, Record
 from torch_llmkernels.kernels.device import DeviceFacts
@@ -51,7 +52,7 @@ class Resolver:
         store: Where decisions persist; default: the user's store.
     """
 
-    def __init__(self, settings: Settings, library: Library | None = None, store: Store | None = None) -> None:
+    def __init__(self, settings: Settings, library: Library | None = None, store: BaseStore | None = None) -> None:
         self.settings = settings
         self.library = library or default_library(settings)
         self.store = store or open_store(settings)
@@ -85,6 +86,10 @@ class Resolver:
         if known.record is not None:
             kernel = parse_kernel(known.record.kernel_text, known.record.kernel_name)
             found.setdefault(label(kernel), (kernel, known.record))
+        for imported in self.store.imported(task.signature):
+            if imported.task.key == task.key and imported.device_kind == facts.kind:
+                kernel = parse_kernel(imported.kernel_text, imported.kernel_name)
+                found.setdefault(label(kernel), (kernel, imported))
         for kernel in self.library.kernels(task.signature, task.device):
             found.setdefault(label(kernel), (kernel, None))
         return [pair for name, pair in found.items() if name not in settled and pair[0].why_not(task) is None]
@@ -193,7 +198,7 @@ _worker = None
 _worker_lock = threading.Lock()
 
 
-def worker(settings: Settings):
+def worker(settings: Settings) -> Any:
     """The evaluation worker of this process, started at first use and closed at exit."""
     global _worker
     with _worker_lock:

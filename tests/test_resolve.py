@@ -1,0 +1,165 @@
+"""The lookup order and the decision, with evaluations that are scripted instead of measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests.records import KERNEL, evaluation
+from tests.tasks import layer_norm_task, softmax_task
+from torch_llmkernels import resolve
+from torch_llmkernels.cache.library import Library
+from torch_llmkernels.cache.store import Store
+from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluation import Evaluation, Record, Status
+from torch_llmkernels.kernels.source import Kernel
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.settings import Settings
+
+TASK = layer_norm_task(8, 64)
+pytestmark = pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
+
+
+@dataclasses.dataclass
+class Script:
+    """Evaluations by kernel name, and the jobs that were asked for."""
+
+    outcomes: dict[str, Evaluation]
+    asked: list[tuple[str, bool]] = dataclasses.field(default_factory=list)
+
+    def __call__(self, task: object, kernel: Kernel, record: Record | None, settings: Settings) -> Evaluation:
+        self.asked.append((kernel.name, record is not None))
+        outcome = self.outcomes[kernel.name]
+        if settings.swap == "correct" and outcome.status is Status.TIMED:
+            return evaluation(Status.CORRECT)
+        return outcome
+
+
+def timed(ms: float, baseline: float = 2.0, spread: float = 0.01) -> Evaluation:
+    return dataclasses.replace(evaluation(), time_ms=ms, baselines_ms=(("eager", 9.0), ("inductor", baseline)), spread=spread)
+
+
+@pytest.fixture
+def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A library of two kernels of layer_norm, a store, and a script of outcomes."""
+    folder = tmp_path / "library" / "layer_norm"
+    folder.mkdir(parents=True)
+    (folder / "slow.cpp").write_text(KERNEL)
+    (folder / "fast.cpp").write_text(KERNEL.replace("UNROLL = [1, 4]", "UNROLL = [1, 2]"))
+    script = Script({"slow": timed(1.9), "fast": timed(1.0)})
+    monkeypatch.setattr(resolve, "evaluate", script)
+    store = Store(tmp_path / "store")
+
+    def make(**knobs: object) -> resolve.Resolver:
+        return resolve.Resolver(Settings(**knobs), Library(tmp_path / "library"), store)
+
+    yield make, script
+    store.close()
+
+
+def test_the_fastest_correct_kernel_is_swapped_in(setup) -> None:
+    make, script = setup
+    decision = make().decide(TASK)
+    assert decision.record and decision.record.kernel_name == "fast"
+    assert "2.00x" in decision.reason and len(script.asked) == 2
+
+
+def test_a_decision_is_remembered(setup) -> None:
+    make, script = setup
+    first = make().decide(TASK)
+    script.asked.clear()
+    assert make().decide(TASK) == first
+    assert script.asked == []
+
+
+def test_an_edited_kernel_is_verified_and_the_others_are_not(setup) -> None:
+    make, script = setup
+    resolver = make()
+    resolver.decide(TASK)
+    script.asked.clear()
+    path = resolver.library.root / "layer_norm" / "slow.cpp"
+    path.write_text(KERNEL + "// edited\n")
+    script.outcomes["slow"] = timed(0.5)
+    assert make().decide(TASK).record.kernel_name == "slow"
+    assert [name for name, _ in script.asked] == ["slow"]
+
+
+def test_a_kernel_that_does_not_win_keeps_inductor_and_says_by_how_much(setup) -> None:
+    make, script = setup
+    script.outcomes = {"slow": timed(3.0), "fast": timed(2.0)}
+    decision = make().decide(TASK)
+    assert decision.record is None
+    assert decision.reason == "kept Inductor: fast runs at 1.00x the best baseline, 1.03x is needed"
+
+
+def test_a_win_inside_the_noise_is_no_win(setup) -> None:
+    make, script = setup
+    script.outcomes = {"slow": timed(3.0), "fast": timed(1.8, spread=0.3)}
+    assert make().decide(TASK).record is None
+
+
+def test_a_wrong_kernel_is_never_swapped_in(setup) -> None:
+    make, script = setup
+    script.outcomes["fast"] = evaluation(Status.WRONG)
+    assert make().decide(TASK).record.kernel_name == "slow"
+    assert script.asked == [("fast", False), ("slow", False)]
+
+
+def test_swap_correct_needs_no_times(setup) -> None:
+    make, script = setup
+    script.outcomes = {"slow": timed(3.0), "fast": evaluation(Status.WRONG)}
+    assert make(swap="correct").decide(TASK).record.kernel_name == "slow"
+
+
+def test_a_check_without_times_is_repeated_with_times_when_speed_decides(setup) -> None:
+    make, script = setup
+    make(swap="correct").decide(TASK)
+    script.asked.clear()
+    assert make().decide(TASK).record.kernel_name == "fast"
+    assert {name for name, _ in script.asked} == {"slow", "fast"}
+
+
+def test_swap_none_looks_at_nothing(setup) -> None:
+    make, script = setup
+    assert make(swap="none").decide(TASK).record is None
+    assert script.asked == []
+
+
+def test_no_kernel_of_the_signature(setup) -> None:
+    make, _ = setup
+    assert make().decide(softmax_task()).reason == "kept Inductor: no kernel implements softmax for this task on cpu"
+
+
+def test_on_miss_error_raises(setup) -> None:
+    make, _ = setup
+    with pytest.raises(LLMKernelsError, match="softmax"):
+        make(on_miss="error").decide(softmax_task())
+
+
+def test_a_spent_verification_budget_keeps_inductor_until_the_next_time(setup) -> None:
+    make, script = setup
+    assert "budget is spent" in make(verify_budget_s=0.0).decide(TASK).reason
+    assert script.asked == []
+    assert make().decide(TASK).record.kernel_name == "fast"
+
+
+def test_while_another_process_verifies_inductor_is_kept(setup) -> None:
+    make, script = setup
+    resolver = make()
+    key = resolve.RecordKey.of(TASK, target_for("cpu").facts())
+    with resolver.store.lock(key.text) as mine:
+        assert mine
+        other = resolve.Resolver(Settings(), resolver.library, Store(resolver.store.directory))
+        assert "another process" in other.decide(TASK).reason
+        other.store.close()
+    assert script.asked == []
+
+
+def test_equal_tasks_share_one_decision(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, script = setup
+    resolver = make()
+    monkeypatch.setattr(resolve, "Resolver", lambda settings: resolver)
+    first, second = resolve.resolve([TASK, layer_norm_task(8, 64)], Settings())
+    assert first is second and len(script.asked) == 2
