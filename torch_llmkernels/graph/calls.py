@@ -112,6 +112,18 @@ def literal_of(value: Any) -> int | float | bool | None:
     return None
 
 
+IDENTITIES = ("aten.alias.default", "aten.expand.default", "aten.clone.default")
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether a call returns its argument's values in its argument's shape and strides (in a functional graph: does nothing)."""
+    return op_name(node) in IDENTITIES and _layout(node) == _layout(node.args[0])  # type: ignore[arg-type]
+
+
+def _layout(node: fx.Node) -> tuple[Any, ...]:
+    return shape(node), tuple(size(s) for s in node.meta["val"].stride())
+
+
 def unaliased(node: fx.Node) -> fx.Node:
     """The node whose value this one is, `alias` calls skipped."""
     while op_name(node) == "aten.alias.default":

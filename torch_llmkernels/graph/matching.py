@@ -11,9 +11,11 @@ from torch import fx
 
 from torch_llmkernels.graph.calls import (
     COMMUTATIVE,
+    IDENTITIES,
     arguments,
     canonical_op,
     getitems,
+    is_identity,
     is_tensor,
     literal_of,
     op_name,
@@ -292,11 +294,8 @@ def _with_views_after(step: Step, views: tuple[fx.Node, ...]) -> Step:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether stages are looked for through this node: a view, or an expand that keeps the shape."""
-    name = op_name(node)
-    if name not in VIEWS:
-        return False
-    return name != "aten.expand.default" or shape(node) == shape(node.args[0])  # type: ignore[arg-type]
+    """Whether stages are looked for through this node: a view, or a call that returns its argument as it is."""
+    return op_name(node) in VIEWS and (op_name(node) not in IDENTITIES or is_identity(node))
 
 
 def _match_tree(tree: Tree, node: fx.Node) -> Step | str:

@@ -101,8 +101,11 @@ class Pattern:
     minimum: int = 1
 
 
-VIEWS = ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.alias.default", "aten.expand.default")
-"""Calls between two stages that are looked through (`expand` only where it keeps the shape)."""
+VIEWS = (
+    "aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.alias.default", "aten.expand.default",
+    "aten.clone.default",
+)  # fmt: skip
+"""Calls between two stages that are looked through (`expand` and `clone` only where they keep shape and strides)."""
 
 _BOTH = ("self", "other")
 _CAST = Stage((Call("prims.convert_element_type.default", "", ("a",)),))

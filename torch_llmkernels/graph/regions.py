@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from torch_llmkernels.graph.calls import arguments, is_tensor, literal_of, nodes_in, op_name, unaliased
-from torch_llmkernels.graph.matching import Match, matches
-from torch_llmkernels.graph.patterns import PATTERNS, anchor_ops
+from torch_llmkernels.graph.matching import Match, is_view, matches
+from torch_llmkernels.graph.patterns import PATTERNS, Call, anchor_ops
 from torch_llmkernels.task import ITEMSIZE
 
 _TAGS = ("recompute", "ac_graph_id", "partitioner_tag")
@@ -107,7 +107,7 @@ def _candidates(graph: fx.Graph, backward: Collection[fx.Node]) -> tuple[list[Ma
         for pattern in by_op.get(op_name(node), ()):
             result = matches(pattern, node, backward)
             if isinstance(result, str):
-                reasons.append(result)
+                reasons += [result] if isinstance(pattern.anchor, Call) else []
             else:
                 here += [m for m in result if m.calls >= pattern.minimum]
         found += here
@@ -227,26 +227,26 @@ def _symbol_refusal(value: torch.Tensor) -> str:
 
 
 def _outputs(match: Match) -> list[tuple[str, fx.Node]]:
-    """(role, node) of everything that something outside reads, the chain's result first."""
+    """(role, node) of everything that something outside reads, the chain's result first.
+
+    A view inside that somebody reads stays in the graph: what it looks at is the output.
+    """
     inside = set(match.nodes)
     named = {n: role for s in match.steps for n, role in s.outputs.items()}
     last = match.steps[-1].result
     named[last] = _result_role(match, last)
-    read = [n for s in match.steps for n in s.nodes if is_tensor(n) and any(u not in inside for u in n.users)]
+    read = [n for s in match.steps for n in s.nodes if is_tensor(n) and not is_view(n) and _is_read(n, inside)]
     read.sort(key=lambda n: n is not last)
     outputs: list[tuple[str, fx.Node]] = []
     for node in read:
-        role, taken = _role(node, named), {r for r, _ in outputs}
-        count = sum(1 for r in taken if r == role or r.startswith(f"{role}_"))
-        outputs.append((role if role not in taken else f"{role}_{count}", node))
+        role, taken = named[node], [r for r, _ in outputs]
+        outputs.append((role if role not in taken else f"{role}_{len(taken)}", node))
     return outputs
 
 
-def _role(node: fx.Node, named: dict[fx.Node, str]) -> str:
-    """The role of a value; a view has that of what it looks at."""
-    while node not in named:
-        node = node.args[0]  # type: ignore[assignment]
-    return named[node]
+def _is_read(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether something outside reads a value, itself or through views inside."""
+    return any(u not in inside or (is_view(u) and _is_read(u, inside)) for u in node.users)
 
 
 def _result_role(match: Match, last: fx.Node) -> str:

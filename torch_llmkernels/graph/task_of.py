@@ -11,7 +11,17 @@ import torch
 from torch import fx
 
 from torch_llmkernels.errors import TaskError
-from torch_llmkernels.graph.calls import COMMUTATIVE, arguments, canonical_op, is_tensor, literal_of, op_name, shape, unaliased
+from torch_llmkernels.graph.calls import (
+    COMMUTATIVE,
+    arguments,
+    canonical_op,
+    is_identity,
+    is_tensor,
+    literal_of,
+    op_name,
+    shape,
+    unaliased,
+)
 from torch_llmkernels.graph.regions import Region
 from torch_llmkernels.graph.sizes import Sizes
 from torch_llmkernels.task import Node, Numerics, Task, TensorSpec, encode_literal
@@ -96,8 +106,9 @@ class _Program:
         """The name of a node's value in the program; the calls it needs are appended first."""
         if node in self._names:
             return self._names[node]
-        if self._is_identity(node):
-            self._names[node] = self.value(node.args[0])  # type: ignore[arg-type]
+        if is_identity(node):
+            source = node.args[0]
+            self._names[node] = self.value(source) if source in self._inside else self._operand(node, "self", source)
             return self._names[node]
         if op_name(node) == "getitem":
             op, args = "getitem", ({"v": self.value(node.args[0])}, node.args[1])  # type: ignore[arg-type]
@@ -106,10 +117,6 @@ class _Program:
         self._names[node] = f"n{len(self.nodes)}"
         self.nodes.append(Node(self._names[node], op, args))
         return self._names[node]
-
-    def _is_identity(self, node: fx.Node) -> bool:
-        same_shape = op_name(node) == "aten.expand.default" and shape(node) == shape(node.args[0])  # type: ignore[arg-type]
-        return op_name(node) == "aten.alias.default" or same_shape
 
     def _call(self, node: fx.Node) -> tuple[str, tuple[Any, ...]]:
         op, given = _rewritten(node, arguments(node), self._region.roles)

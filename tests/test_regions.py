@@ -1,0 +1,231 @@
+"""What becomes a region, what does not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import zoo
+from graphs import capture
+from torch import Tensor, fx, nn
+
+from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
+
+
+def regions(gm: fx.GraphModule, **kwargs: Any) -> list[Region]:
+    return find_regions(gm.graph, **kwargs)[0]
+
+
+def signatures(gm: fx.GraphModule, **kwargs: Any) -> list[str]:
+    return [r.signature for r in regions(gm, **kwargs)]
+
+
+def reasons(gm: fx.GraphModule) -> dict[str, str]:
+    return {s.signature: s.reason for s in find_regions(gm.graph)[1]}
+
+
+def only(gm: fx.GraphModule) -> Region:
+    (region,) = regions(gm)
+    return region
+
+
+def roles(region: Region) -> tuple[list[str], list[str]]:
+    return [r for r, _ in region.inputs], [r for r, _ in region.outputs]
+
+
+def test_layer_norm_in_inference_has_one_output() -> None:
+    region = only(capture(nn.LayerNorm(8), torch.randn(4, 8)))
+    assert region.signature == "layer_norm"
+    assert roles(region) == (["x", "weight", "bias"], ["y"])
+
+
+def test_layer_norm_in_training_returns_its_statistics_and_has_a_backward_region() -> None:
+    forward, backward = regions(capture(nn.LayerNorm(8), torch.randn(4, 8, requires_grad=True), training=True))
+    assert roles(forward) == (["x", "weight", "bias"], ["y", "mean", "rstd"])
+    assert backward.signature == "layer_norm_backward"
+    assert roles(backward) == (["grad_y", "x", "mean", "rstd", "weight", "bias"], ["grad_x", "grad_weight", "grad_bias"])
+
+
+def test_a_residual_before_a_norm_is_absorbed_and_read_by_others() -> None:
+    norm = nn.LayerNorm(8)
+
+    def block(x: Tensor, r: Tensor) -> Tensor:
+        h = x + r
+        return h * norm(h).exp()
+
+    region = only(capture(block, torch.randn(4, 8), torch.randn(4, 8)))
+    assert region.signature == "add.layer_norm"
+    assert roles(region) == (["x", "residual", "weight", "bias"], ["y", "add_out"])
+
+
+def test_resnet_block_in_inference() -> None:
+    assert signatures(capture(zoo.ResNetBlock().eval(), torch.randn(2, 3, 32, 32))) == [
+        "conv2d.batch_norm.relu.max_pool2d", "conv2d.batch_norm.relu", "conv2d.batch_norm.add.relu", "group_norm.silu", "linear",
+    ]  # fmt: skip
+
+
+def test_relu_output_and_pool_indices_are_extra_outputs_in_training() -> None:
+    gm = capture(zoo.DigitsCNN(), torch.randn(4, 1, 8, 8), training=True)
+    first = regions(gm)[0]
+    assert first.signature == "conv2d.relu.max_pool2d"
+    assert roles(first) == (["x", "weight", "bias"], ["y", "relu_out", "indices"])
+    backward = [s for s in signatures(gm) if "backward" in s]
+    assert backward == ["max_pool2d_backward.relu_backward", "conv2d_backward"] * 2
+
+
+def test_in_place_relu_is_the_same_region() -> None:
+    def net(inplace: bool) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=inplace), nn.MaxPool2d(2))
+
+    x = torch.randn(1, 3, 8, 8)
+    assert signatures(capture(net(True), x)) == signatures(capture(net(False), x)) == ["conv2d.relu.max_pool2d"]
+
+
+def test_linear_looks_through_the_view_of_a_batched_input() -> None:
+    region = only(capture(nn.Sequential(nn.Linear(8, 16), nn.GELU("tanh")), torch.randn(2, 4, 8)))
+    assert region.signature == "linear.gelu_tanh"
+    assert roles(region) == (["x", "weight", "bias"], ["y"])
+    assert region.outputs[0][1].meta["val"].shape == (2, 4, 16)
+
+
+def test_gelu_input_is_an_extra_output_in_training_before_its_view() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    found = regions(capture(net, torch.randn(2, 4, 8), training=True))
+    assert found[0].signature == "linear.gelu"
+    assert [(role, tuple(n.meta["val"].shape)) for role, n in found[0].outputs] == [("y", (2, 4, 16)), ("linear_out", (8, 16))]
+    assert "linear.gelu_backward" in [r.signature for r in found]
+
+
+def test_softmax_with_scale_and_masks() -> None:
+    def scores(x: Tensor, keep: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return (
+            torch.softmax(x * 0.3 + bias, -1),
+            torch.softmax(bias + x / 8, -1),
+            torch.softmax((x / 3).masked_fill(keep, -1e9), -1),
+            torch.log_softmax(x.transpose(0, 1), -1),
+        )
+
+    gm = capture(scores, torch.randn(2, 8, 8), torch.rand(8, 8) > 0.5, torch.randn(8, 8))
+    assert signatures(gm) == ["scale.mask.softmax", "scale.mask.softmax", "div.masked_fill.softmax", "log_softmax"]
+    assert roles(regions(gm)[1]) == (["x", "mask"], ["y"])
+
+
+def test_attention_by_name_and_by_hand() -> None:
+    q = torch.randn(2, 2, 8, 16)
+    assert signatures(capture(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), q)) == ["attention"]
+    by_hand = capture(zoo.HandAttention(), torch.randn(2, 8, 32))
+    assert signatures(by_hand) == ["linear"] * 3 + ["bmm.scale.softmax.bmm"]
+    assert roles(regions(by_hand)[3]) == (["q", "k", "v"], ["y"])
+
+
+def test_one_tensor_in_two_roles_is_passed_twice() -> None:
+    q = torch.randn(2, 2, 8, 16)
+    region = only(capture(lambda q: F.scaled_dot_product_attention(q, q, q), q))
+    assert [r for r, _ in region.inputs] == ["q", "k", "v"]
+    assert len({n for _, n in region.inputs}) == 1
+
+
+def test_rms_norm_is_found_decomposed_in_half_precision_too() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        region = only(capture(nn.RMSNorm(8, dtype=dtype), torch.randn(4, 8, dtype=dtype)))
+        assert region.signature == "rms_norm"
+        assert [str(n.meta["val"].dtype) for _, n in (*region.inputs, *region.outputs)] == [str(dtype)] * 3
+
+
+def test_losses() -> None:
+    x, t = torch.randn(4, 8, requires_grad=True), torch.randint(0, 8, (4,))
+    assert signatures(capture(F.cross_entropy, x, t, training=True)) == ["cross_entropy", "cross_entropy_backward"]
+
+
+def test_autocast_gives_half_precision_regions() -> None:
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net(x)
+
+    region = only(capture(run, torch.randn(4, 8)))
+    assert region.signature == "linear.relu"
+    assert {str(n.meta["val"].dtype) for _, n in region.inputs} == {"torch.bfloat16"}
+
+
+def test_a_stage_that_would_close_a_cycle_is_left_out() -> None:
+    linear = nn.Linear(8, 8)
+
+    def net(x: Tensor) -> Tensor:
+        y = linear(x)
+        return y + torch.softmax(y, -1)
+
+    gm = capture(net, torch.randn(4, 8))
+    assert signatures(gm) == ["linear", "softmax"]
+    assert reasons(gm) == {"linear.add": "a path leaves it and comes back"}
+
+
+def test_two_regions_that_are_fine_alone_never_make_a_cycle_together() -> None:
+    a, b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def net(x: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = a(x), b(x)
+        return p + q.exp(), q + p.exp()
+
+    gm = capture(net, torch.randn(4, 8))
+    assert sorted(signatures(gm)) == ["linear", "linear.add"]
+    assert reasons(gm) == {"linear.add": "a path leaves it and comes back"}
+
+
+def test_overlap_goes_to_the_longer_match_then_to_the_first_and_the_loser_shrinks() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+    gm = capture(lambda x: net[1](net[0](x) + x), torch.randn(4, 8))
+    assert signatures(gm) == ["linear.add", "layer_norm"]
+    assert reasons(gm) == {"add.layer_norm": "overlaps linear.add"}
+    assert signatures(gm, prefer={"add.layer_norm"}) == ["linear", "add.layer_norm"]
+
+
+def test_prefer_takes_the_shorter_match_that_a_kernel_exists_for() -> None:
+    gm = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8))
+    assert signatures(gm, prefer={"conv2d.relu"}) == ["conv2d.relu"]
+
+
+def test_nodes_of_different_recompute_tags_are_not_mixed() -> None:
+    gm = capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(4, 8))
+    relu = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.relu.default)
+    relu.meta["recompute"] = 1
+    assert signatures(gm) == ["linear"]
+    assert reasons(gm) == {"linear.relu": "its nodes differ in recompute"}
+
+
+def test_forward_and_backward_are_not_mixed() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
+    gm = capture(net, torch.randn(4, 8), training=True)
+    for region in regions(gm):
+        assert len({"autograd_backward" in n.meta for n in region.nodes}) == 1
+
+
+def skip_reason(fn: Callable[..., Any], *inputs: Tensor) -> str:
+    found, skipped = find_regions(capture(fn, *inputs).graph)
+    assert not found
+    return skipped[0].reason
+
+
+def test_unsupported_regions_say_why() -> None:
+    assert "dtype complex64" in skip_reason(lambda x: x @ x, torch.randn(4, 4, dtype=torch.complex64))
+    assert "no elements" in skip_reason(nn.LayerNorm(8), torch.randn(0, 8))
+    assert "transposed is True" in skip_reason(nn.ConvTranspose2d(2, 2, 2), torch.randn(1, 2, 4, 4))
+    assert "3 dimensions, not 4" in skip_reason(nn.Conv1d(2, 2, 2), torch.randn(1, 2, 4))
+
+
+def test_attention_with_dropout_is_left_alone() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    gm = capture(lambda q: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0], q)
+    node = next(n for n in gm.graph.nodes if "attention" in str(n.target))
+    node.args = (*node.args[:3], 0.1)
+    found, skipped = find_regions(gm.graph)
+    assert not found
+    assert skipped[0].reason == "dropout_p is 0.1, not 0.0"
+
+
+def test_has_anchor_is_false_where_nothing_could_start_a_region() -> None:
+    assert not has_anchor(capture(lambda x: torch.relu(x) * 2, torch.randn(4)).graph)
+    assert has_anchor(capture(lambda x: torch.softmax(x, 0), torch.randn(4)).graph)
