@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -172,6 +173,32 @@ def test_unusable_directory_degrades_to_memory_with_one_warning(tmp_path: Path, 
     assert len(caplog.records) == 1 and "is not a directory" in caplog.text
     with pytest.raises(StoreError):
         open_store(dataclasses.replace(settings, strict=True))
+
+
+def test_a_process_opens_a_store_once_and_notices_that_it_is_gone(tmp_path: Path) -> None:
+    settings = Settings(cache_dir=str(tmp_path / "store"))
+    first = open_store(settings)
+    assert open_store(settings) is first
+    first.put("a", b"value")
+    shutil.rmtree(tmp_path / "store")
+    again = open_store(settings)
+    assert again is not first and again.get("a") is None
+    again.put("b", b"value")
+    assert Store(tmp_path / "store").keys() == ["b"]
+
+
+def test_store_opened_to_others_meanwhile_is_refused(tmp_path: Path) -> None:
+    settings = Settings(cache_dir=str(tmp_path / "store"))
+    open_store(settings).put("a", b"value")
+    (tmp_path / "store").chmod(0o777)
+    assert isinstance(open_store(settings), NullStore)
+    (tmp_path / "store").chmod(0o700)
+    assert open_store(settings).get("a") == b"value"
+
+
+def test_database_suits_a_network_file_system(store: Store) -> None:
+    store.put("a", b"value")
+    assert not list(store.directory.glob("cache.db-*")), "no write-ahead log and no shared memory"
 
 
 def test_store_that_stops_working_does_not_stop_the_caller(store: Store, monkeypatch, caplog) -> None:

@@ -148,6 +148,8 @@ def open_database(directory: Path) -> diskcache.Cache:
 def _open(directory: Path) -> diskcache.Cache:
     return diskcache.Cache(
         str(directory), timeout=_BUSY_SECONDS, disk=BytesDisk, eviction_policy="none", cull_limit=0, statistics=0, tag_index=0,
+        # home directories are often on NFS, where a write-ahead log and a memory map do not work between machines
+        sqlite_journal_mode="delete", sqlite_synchronous=2, sqlite_mmap_size=0,
     )  # fmt: skip
 
 

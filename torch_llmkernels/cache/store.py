@@ -219,11 +219,26 @@ class Store(BaseStore):
         self._directory = Path(directory)
         disk.private_directory(self._directory)
         self._database = disk.open_database(self._directory)
+        self._inode = self._database_inode()
 
     @property
     def directory(self) -> Path:
         """Where it persists."""
         return self._directory
+
+    def is_current(self) -> bool:
+        """Whether the directory still is what was opened, and still private: not deleted, replaced or opened to others."""
+        try:
+            disk.private_directory(self._directory)
+        except StoreError:
+            return False
+        return self._inode is not None and self._inode == self._database_inode()
+
+    def _database_inode(self) -> int | None:
+        try:
+            return (self._directory / disk.DATABASE).stat().st_ino
+        except OSError:
+            return None
 
     def close(self) -> None:
         """Close this thread's connection; it reopens by itself at the next use."""
@@ -262,6 +277,7 @@ class Store(BaseStore):
                     raise
                 self._database.close()
                 self._database = disk.replace_damaged(self._directory)
+                self._inode = self._database_inode()
                 return action()
         except (sqlite3.Error, diskcache.Timeout, OSError) as error:
             self._unusable(error)
@@ -336,18 +352,25 @@ class NullStore(BaseStore):
                 lock.release()
 
 
+_opened: dict[tuple[Path, bool], Store] = {}
 _in_memory: dict[Path, NullStore] = {}
 
 
 def open_store(settings: Settings) -> Store | NullStore:
     """The store these settings name; where it cannot be used, a store in memory, with one warning per directory.
 
+    A process opens each store once: opening writes, which takes a while on a network file system.
+
     Raises:
         StoreError: with `strict`, instead of falling back to memory.
     """
     directory = settings.store_directory()
+    known = _opened.get((directory, settings.strict))
+    if known is not None and known.is_current():
+        return known
     try:
-        return Store(directory, strict=settings.strict)
+        opened = _opened[directory, settings.strict] = Store(directory, strict=settings.strict)
+        return opened
     except StoreError as error:
         if settings.strict:
             raise

@@ -112,7 +112,8 @@ def _targets(settings: Settings) -> Iterator[Finding]:
             continue
         facts = target.facts()
         used.append(name)
-        yield Finding(f"target {name}", "ok", f"{facts.name} ({facts.kind}, {facts.arch}, driver {facts.driver or 'none'})")
+        words = (facts.name, facts.kind, facts.arch, facts.driver and f"driver {facts.driver}")
+        yield Finding(f"target {name}", "ok", ", ".join(filter(None, words)))
     if used:
         yield Finding("in use", "ok", "; ".join(f"{name} tensors: {name} kernels" for name in used))
     else:
