@@ -29,9 +29,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from torch_llmkernels import graph_decision, plan, registry
 from torch_llmkernels.errors import TaskError
-from torch_llmkernels.evaluation import Decision
+from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
-from torch_llmkernels.graph.op import bind
+from torch_llmkernels.graph.op import bind, encode_spec
 from torch_llmkernels.graph.regions import find_regions
 from torch_llmkernels.graph.scan import might_match
 from torch_llmkernels.graph.swap import swap, tidy
@@ -68,23 +68,14 @@ def llmkernels(
         return compile_plain(gm, example_inputs, request, reason)
     try:
         found = plan_of(gm, example_inputs, request)
-        decisions = graph_decision.apply(found.tasks, resolve(found.tasks, request.settings), request)
+        swaps = SwapPass(found.tasks, decide(found.tasks, request), request)
+        compiled = compile_swapped(gm, example_inputs, request, swaps) if swaps.wanted else None
     except torch._dynamo.exc.TorchDynamoException:
-        raise  # Dynamo's own control flow: a restart of its analysis
+        raise  # Dynamo's own control flow, such as a restart of its analysis
     except Exception as error:
         return _give_up(gm, example_inputs, request, error)
-    if not any(decision.record for decision in decisions):
-        _report(found, decisions, {})
-        return compile_plain(gm, example_inputs, request, "")
-    swaps = SwapPass(dict(zip((t.key for t in found.tasks), decisions, strict=True)), request)
-    try:
-        return compile_swapped(gm, example_inputs, request, swaps)
-    except torch._dynamo.exc.TorchDynamoException:
-        raise
-    except Exception as error:
-        return _give_up(gm, example_inputs, request, error)
-    finally:
-        _report(found, decisions, swaps.refused)
+    _report(found, swaps)
+    return compile_plain(gm, example_inputs, request) if compiled is None else compiled
 
 
 def _reset() -> None:
@@ -107,7 +98,7 @@ def why_plain(gm: fx.GraphModule, request: Request) -> str:
     return ""
 
 
-def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, reason: str) -> Any:
+def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, reason: str = "") -> Any:
     """Exactly what `backend="inductor"` does, compile caches included."""
     if reason:
         log.info("graph %s goes to Inductor: %s", _graph_name(), reason)
@@ -119,6 +110,8 @@ def compile_swapped(gm: fx.GraphModule, example_inputs: Sequence[Any], request: 
     """Inductor with the winners swapped in."""
     import torch_llmkernels.graph.lowering  # noqa: F401 (teaches Inductor the operator)
 
+    for record in swaps.wanted:
+        bind(encode_spec(record), request.settings)
     return _compile_fx(gm, example_inputs, request, swaps)
 
 
@@ -165,17 +158,29 @@ class SwapPass(CustomGraphPass):
     """Swaps the winners in and decomposes the rest; Inductor runs it first in its joint-graph stage.
 
     Args:
-        decisions: What was decided, by `Task.key`; a task that is not there stays with Inductor.
+        tasks: The tasks of the graph; one that the pass finds and that is not among them stays with Inductor.
+        decisions: What was decided for each of them.
         request: The request; a `joint_custom_pre_pass` of the user's own runs after the swaps.
     """
 
-    def __init__(self, decisions: Mapping[str, Decision], request: Request) -> None:
-        self.decisions = dict(decisions)
+    def __init__(self, tasks: Sequence[Task], decisions: Sequence[Decision], request: Request) -> None:
+        self.decisions = dict(zip((task.key for task in tasks), decisions, strict=True))
         self.request, self.settings = request, request.settings
         theirs = request.inductor_option("joint_custom_pre_pass")
         self.theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs] if theirs else []
         self.cacheable = all(isinstance(p, CustomGraphPass) and p.uuid() for p in self.theirs) and self.settings.fuel < 0
         self.refused: dict[str, str] = {}
+
+    @property
+    def wanted(self) -> list[Record]:
+        """The kernels to swap in."""
+        return [decision.record for decision in self.decisions.values() if decision.record]
+
+    def outcome(self, task: Task) -> Decision:
+        """What became of the decision for a task."""
+        decision = self.decisions[task.key]
+        reason = self.refused.get(task.key)
+        return dataclasses.replace(decision, record=None, reason=f"kept Inductor: {reason}") if reason else decision
 
     def uuid(self) -> Any:
         """Everything that the swapped graph depends on and torch's own key lacks.
@@ -200,24 +205,22 @@ class SwapPass(CustomGraphPass):
         for their_pass in self.theirs:
             their_pass(graph)
 
-    def _swap(self, graph: fx.Graph) -> int:
+    def _swap(self, graph: fx.Graph) -> bool:
+        """Swap every winner in; whether there was one."""
         replaced: dict[fx.Node, fx.Node] = {}
-        swapped = 0
         for region in find_tasks(graph, self.request)[0]:
-            decision = self.decisions.get(region.task.key)
+            key = region.task.key
+            decision = self.decisions.get(key)
             if decision is None or decision.record is None:
                 continue
             if not plan.take_fuel(self.settings.fuel):
-                self.refused[region.task.key] = f"kept Inductor: the fuel of {self.settings.fuel} regions is spent"
+                self.refused[key] = f"the fuel of {self.settings.fuel} regions is spent"
                 continue
             try:
-                call = swap(graph, region, decision.record, replaced)
+                swap(graph, region, decision.record, replaced)
             except TaskError as error:
-                self.refused[region.task.key] = f"kept Inductor: {error}"
-                continue
-            bind(call.args[0], self.settings)
-            swapped += 1
-        return swapped
+                self.refused[key] = str(error)
+        return bool(replaced)
 
 
 def plan_of(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> Plan:
@@ -263,7 +266,7 @@ def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], lis
     """The regions of a functional ATen graph as tasks, in graph order, and a report of every one that was not taken."""
     most = request.settings.max_regions
     regions, skipped = find_regions(graph, request.prefer)
-    reports = [RegionReport(s.signature, "", "", False, s.reason) for s in skipped]
+    reports = [RegionReport(s.signature, "", "", False, f"kept Inductor: {s.reason}") for s in skipped]
     found = []
     for region in regions[:most]:
         try:
@@ -276,13 +279,31 @@ def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], lis
     return found, reports
 
 
+def decide(tasks: Sequence[Task], request: Request) -> list[Decision]:
+    """One decision per task, less the swaps that were measured to make this whole graph slower.
+
+    With `specialize`, a dynamic task that nothing serves is looked up at the sizes seen now.
+    """
+    decisions = resolve(tasks, request.settings) if tasks else []
+    dynamic = [i for i, d in enumerate(decisions) if tasks[i].is_dynamic and d.record is None]
+    if dynamic and request.settings.specialize and not _promised_dynamic():
+        for i, static in zip(dynamic, resolve([tasks[i].at() for i in dynamic], request.settings), strict=True):
+            decisions[i] = static if static.record else decisions[i]
+    return graph_decision.apply(tasks, decisions, request)
+
+
 def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
-    """One decision per task; see `torch_llmkernels.resolve`."""
-    if not tasks:
-        return []
+    """See `torch_llmkernels.resolve`; imported at the first region that is looked up."""
     from torch_llmkernels.resolve import resolve as look_up
 
     return look_up(tasks, settings)
+
+
+def _promised_dynamic() -> bool:
+    """Whether the user marked a dimension of this graph's inputs as dynamic: fixing its size would then be an error."""
+    context = torch._guards.TracingContext.try_get()
+    contexts = context.tensor_to_context.values() if context else ()
+    return any(c is not None for symbolic in contexts for c in getattr(symbolic, "constraint_sizes", None) or ())
 
 
 def _give_up(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, error: Exception) -> Any:
@@ -294,10 +315,9 @@ def _give_up(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request
     return compile_plain(gm, example_inputs, request, reason)
 
 
-def _report(found: Plan, decisions: Sequence[Decision], refused: Mapping[str, str]) -> None:
+def _report(found: Plan, swaps: SwapPass) -> None:
     """Log one line per region, keep the report of the graph, and write it into torch's structured trace."""
-    regions = [RegionReport.of(task, decision) for task, decision in zip(found.tasks, decisions, strict=True)]
-    regions = [dataclasses.replace(r, swapped=False, reason=refused[r.key]) if r.key in refused else r for r in regions]
+    regions = [RegionReport.of(task, swaps.outcome(task)) for task in found.tasks]
     report = GraphReport(_graph_name(), (*regions, *found.skipped))
     for region in report.regions:
         log.info("%s", region.line)

@@ -103,10 +103,11 @@ def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Req
     code = [[name, module.graph.python_code("self").src] for name, module in modules if isinstance(module, fx.GraphModule)]
     leaves = [[name, repr(module)] for name, module in modules if not isinstance(module, fx.GraphModule)]
     state = [[name, _describe(t)] for name, t in (*gm.named_parameters(), *gm.named_buffers())]
+    hints = [_hints(value) for value in example_inputs] if request.settings.specialize else []
     options = sorted((name, repr(value)) for name, value in request.inductor.config.items())
     return digest([
         source_digest(), torch.__version__, code, leaves, state, [_describe(value) for value in example_inputs], options,
-        request.prefer, request.settings.max_regions, request.settings.specialize, _flags(),
+        request.prefer, request.settings.max_regions, hints, _flags(),
     ])  # fmt: skip
 
 
@@ -114,6 +115,12 @@ def _describe(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {value}"
     return f"{value.dtype} {tuple(value.shape)} {_strides(value)} {value.device} {value.requires_grad} {type(value).__name__}"
+
+
+def _hints(value: Any) -> list[int | None]:
+    """The sizes that are seen now: with `specialize`, tasks are looked up at them."""
+    sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+    return [size.node.hint if isinstance(size, torch.SymInt) else None for size in sizes]
 
 
 def _strides(value: torch.Tensor) -> str:
@@ -142,7 +149,7 @@ def source_digest() -> str:
 
 def record_digest(record: Record) -> str:
     """Digest of what a swap puts into the graph: the kernel's source and its constants."""
-    return digest([record.kernel_name, record.kernel_text, [list(pair) for pair in record.constants]])
+    return digest([record.task.key, record.kernel_name, record.kernel_text, [list(pair) for pair in record.constants]])
 
 
 _fuel_lock = threading.Lock()

@@ -47,7 +47,8 @@ class RegionReport:
     @property
     def line(self) -> str:
         """The log line of the region."""
-        return f"region {self.signature} [{self.shapes}] key={self.key}: {self.reason}"
+        what = f"{self.signature} [{self.shapes}] key={self.key}" if self.key else self.signature
+        return f"region {what}: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)

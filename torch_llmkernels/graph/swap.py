@@ -12,6 +12,7 @@ from torch import fx
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph import op
+from torch_llmkernels.task import Task
 
 if TYPE_CHECKING:
     from torch_llmkernels.graph.task_of import RegionTask
@@ -27,7 +28,7 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
     Args:
         graph: A functional ATen graph with fake values in `meta["val"]`.
         region: What to replace.
-        record: The kernel, made for an equal task.
+        record: The kernel, made for an equal task, or for a dynamic task at the sizes seen now: these then become guards.
         replaced: Outputs of earlier swaps of this graph and what took their place; this swap reads it and adds to it.
 
     Raises:
@@ -36,7 +37,9 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
     """
     replaced = {} if replaced is None else replaced
     inputs = [replaced.get(node, node) for node in region.inputs]
-    symbols = _size_nodes(graph, region, inputs)
+    if region.task.is_dynamic and not record.task.is_dynamic:
+        _specialize(region, record.task)
+    symbols = _size_nodes(graph, record.task, region, inputs)
     with graph.inserting_after(_last(graph, [*inputs, *symbols])):
         call = graph.call_function(op.region_op(), (op.encode_spec(record), inputs, symbols))
     try:
@@ -68,14 +71,14 @@ def _last(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Node:
     return next(node for node in reversed(graph.nodes) if node.op == "placeholder") if last.op == "placeholder" else last
 
 
-def _size_nodes(graph: fx.Graph, region: RegionTask, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+def _size_nodes(graph: fx.Graph, task: Task, region: RegionTask, inputs: Sequence[fx.Node]) -> list[fx.Node]:
     """One node per symbol of the task, in its order: one that the graph has, or a new query of an input's size.
 
     Raises:
         TaskError: for a symbol that occurs only inside expressions.
     """
     nodes = []
-    for (name, _), node in zip(region.task.symbols, region.symbols, strict=True):
+    for (name, _), node in zip(region.task.symbols, region.symbols, strict=True) if task.symbols else ():
         nodes.append(node if node is not None else _query(graph, *_place(region, name), inputs))
     return nodes
 
@@ -98,6 +101,24 @@ def _place(region: RegionTask, symbol: str) -> tuple[int, Any, int]:
     raise TaskError(
         f"{region.task.signature}: the size {symbol} is not the size of any input's dimension, so it cannot be passed on"
     )
+
+
+def _specialize(region: RegionTask, static: Task) -> None:
+    """Fix the sizes of a dynamic region's tensors: reading a symbolic size as an int installs the guard.
+
+    Raises:
+        TaskError: if the sizes are not those of the static task.
+    """
+    pairs = zip((*region.inputs, *region.outputs), (*static.inputs, *static.outputs), strict=True)
+    values = [(node.meta["val"], spec) for node, spec in pairs]
+    if any(
+        (v.node.hint if isinstance(v, torch.SymInt) else v) != size
+        for t, s in values
+        for v, size in zip(t.shape, s.shape, strict=True)
+    ):
+        raise TaskError(f"{static.signature}: the sizes seen now are not those the kernel was looked up for")
+    for value, _ in values:
+        tuple(map(int, value.shape))
 
 
 def _describe(call: fx.Node, region: RegionTask, record: Record) -> None:
