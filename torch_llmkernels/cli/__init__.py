@@ -12,13 +12,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from torch_llmkernels import __version__
-from torch_llmkernels.cli import cache, doctor, explain, knobs
+from torch_llmkernels.cli import cache, doctor, explain, knobs, precompile, repro
 from torch_llmkernels.cli.output import UsageError
 from torch_llmkernels.errors import LLMKernelsError, SettingsError
 
 Command = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
 
-COMMANDS: tuple[Command, ...] = (doctor.register, explain.register, cache.register, knobs.register)
+COMMANDS: tuple[Command, ...] = (
+    doctor.register, explain.register, precompile.register, cache.register, repro.register, knobs.register,
+)  # fmt: skip
 
 
 def commands() -> Iterator[Command]:
