@@ -41,6 +41,7 @@ class GuardedTensor:
     def __init__(self, spec: TensorSpec, device: torch.device | str, alignment: int = PAGE) -> None:
         self.spec = spec
         dtype = dtype_of(spec)
+        alignment = max(alignment, dtype.itemsize)  # torch has no tensors between elements
         self._span = span_bytes(spec, dtype.itemsize)
         self.storage = torch.empty(self._span + 2 * GUARD_BYTES + 2 * PAGE, dtype=torch.uint8, device=device)
         self._begin = -self.storage.data_ptr() % PAGE + GUARD_BYTES + (alignment if alignment < PAGE else 0)

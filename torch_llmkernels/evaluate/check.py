@@ -17,7 +17,7 @@ import torch
 from torch_llmkernels.errors import NotApplicable
 from torch_llmkernels.evaluate.buffers import FINITE_BYTE, NAN_BYTE, GuardedTensor, dtype_of
 from torch_llmkernels.evaluate.inputs import DISTRIBUTIONS, QUICK, InputGenerator
-from torch_llmkernels.evaluate.reference import magnitude, reference, yardstick
+from torch_llmkernels.evaluate.reference import has_products, magnitude, reference, yardstick
 from torch_llmkernels.evaluate.statistics import ErrorSums, MismatchCount, problem_scale, unravel
 from torch_llmkernels.evaluation import ErrorStat
 from torch_llmkernels.task import Node, Task, TensorSpec
@@ -45,8 +45,8 @@ class Effort:
 EFFORTS = {
     "probe": Effort(("normal",), 1, 1),  # before a sweep times one set of constants
     "again": Effort(("normal", "planted"), 1, 2),  # after timing
-    "quick": Effort(QUICK, 2, 6),
-    "full": Effort(tuple(name for name, _ in DISTRIBUTIONS), 4, 12),
+    "quick": Effort(QUICK, 2, 16),
+    "full": Effort(tuple(name for name, _ in DISTRIBUTIONS), 4, 48),
 }
 
 Outcome = tuple[tuple[ErrorStat, ...], str | None]
@@ -145,10 +145,11 @@ class _Bench:
                 return tuple(errors), _too_far(bad)
         return tuple(errors), None
 
-    @staticmethod
-    def _sums(spec: TensorSpec, distribution: str) -> ErrorSums | MismatchCount:
+    def _sums(self, spec: TensorSpec, distribution: str) -> ErrorSums | MismatchCount:
         dtype = dtype_of(spec)
-        return ErrorSums(spec.name, distribution, dtype) if dtype.is_floating_point else MismatchCount(spec.name, distribution)
+        if not dtype.is_floating_point:
+            return MismatchCount(spec.name, distribution)
+        return ErrorSums(spec.name, distribution, dtype, products=has_products(self.task))
 
     def _one(self, distribution: str, seed: int, sums: list[ErrorSums | MismatchCount]) -> str | None:
         """Two runs on one data set; what failed, or None."""

@@ -44,6 +44,7 @@ class _Region:
     def __init__(self, spec: TensorSpec, alignment: int) -> None:
         dtype = dtype_of(spec)
         span = span_bytes(spec, dtype.itemsize)
+        alignment = max(alignment, dtype.itemsize)
         padded = -(-max(span, 1) // alignment) * alignment
         page = mmap.PAGESIZE
         usable = -(-padded // page) * page

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from torch_llmkernels.evaluate.run import Job
+from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.worker import Worker
 from torch_llmkernels.evaluation import Evaluation
 from torch_llmkernels.settings import Settings, current

@@ -172,6 +172,11 @@ def _name(target: Any) -> str:
     return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else str(target)
 
 
+def has_products(task: Task) -> bool:
+    """Whether the program multiplies matrices or convolves."""
+    return any(node.op.split(".")[1:2] and node.op.split(".")[1] in PRODUCTS for node in task.program)
+
+
 @torch.no_grad()
 def magnitude(task: Task, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """For programs of products and linear steps: each output computed on absolute values, in float64; else None.

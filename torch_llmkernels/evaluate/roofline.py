@@ -94,7 +94,8 @@ def floor(task: Task, facts: DeviceFacts, ceilings: Ceilings) -> Floor:
     written = sum(_bytes(t) for t in task.outputs)
     flops, is_product = count_flops(task)
     rate = _rate(task, ceilings) if is_product else ceilings.fp32
-    moving, computing = (read + written) / ceilings.copy, flops / rate
+    in_cache = facts.target == "cpu" and read + written <= facts.l2_bytes * facts.threads
+    moving, computing = (read + written) / (ceilings.cache if in_cache else ceilings.copy), flops / rate
     # outputs that fit the cache need not reach memory within the measurement; the inputs are rotated out of a GPU's
     cold = (read + max(0, written - facts.l2_bytes)) / ceilings.copy
     least_moving = (read + written) / ceilings.cache if facts.target == "cpu" else cold

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.errors import (
@@ -18,74 +17,22 @@ from torch_llmkernels.errors import (
     LaunchError,
     LLMKernelsError,
     NotApplicable,
-    SchemaError,
     ToolchainMissing,
 )
+from torch_llmkernels.evaluate.candidate import Candidate, Device, compile_all, spread
+from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import ErrorStat, Evaluation, Resources, Status
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
-from torch_llmkernels.task import Task, TensorSpec
+from torch_llmkernels.task import Task
 
 if TYPE_CHECKING:
     from torch_llmkernels.evaluate.timing import Times
-    from torch_llmkernels.kernels.device import DeviceFacts
-    from torch_llmkernels.kernels.targets import Binary, Launcher, Target
 
 MOST_TUNINGS = 32
 """Combinations of constants that one evaluation tries, spread evenly over all of them."""
-COMPILE_THREADS = 4
 LOG_LINES = 40
 
 Progress = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One evaluation to do.
-
-    Attributes:
-        task: What the kernel should compute.
-        kernel_text: The whole kernel file.
-        kernel_name: File stem, for messages.
-        constants: Tunables to use; None: choose among the kernel's own.
-        tier: `quick` or `full`.
-        timed: Whether to time it beside its baselines.
-        seed: Of the data.
-        device_index: Which device.
-    """
-
-    task: Task
-    kernel_text: str
-    kernel_name: str = "candidate"
-    constants: Mapping[str, int] | None = None
-    tier: str = "quick"
-    timed: bool = True
-    seed: int = 0
-    device_index: int = 0
-
-    def __post_init__(self) -> None:
-        if self.tier not in ("quick", "full"):
-            raise ValueError(f"tier {self.tier!r} is not 'quick' or 'full'")
-
-    def on(self, device_index: int) -> Job:
-        """The same job on another device."""
-        return dataclasses.replace(self, device_index=device_index)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; `from_json` reads it back."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**plain, "task": self.task.to_json(), "constants": None if self.constants is None else dict(self.constants)}
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Job:
-        """The job `to_json` wrote.
-
-        Raises:
-            SchemaError: if fields are missing or unknown.
-        """
-        try:
-            return cls(**{**plain, "task": Task.from_json(plain["task"])})
-        except (KeyError, TypeError, ValueError) as error:
-            raise SchemaError(f"evaluation job is damaged: {error}") from error
 
 
 class _Rejected(Exception):
@@ -133,7 +80,7 @@ def _device_failure(error: RuntimeError) -> tuple[Status, str]:
         return Status.LAUNCH_ERROR, f"the evaluation ran out of device memory: {text}"
     if "CUDA" in text or "cuda" in text:
         return Status.CRASHED, f"the kernel broke the CUDA context: {text}"
-    return Status.LAUNCH_ERROR, text
+    return Status.LAUNCH_ERROR, f"the evaluation failed: {text}"
 
 
 def log_head(log: str) -> str:
@@ -176,7 +123,7 @@ class _Evaluator:
         reason = kernel.why_not(self.task)
         if reason:
             raise NotApplicable(reason)
-        device = _Device(self.task, self.job.device_index)
+        device = Device(self.task, self.job.device_index)
         self._environment = device.environment(self.task)
         with device:
             made = self._choose(kernel, device)
@@ -190,19 +137,19 @@ class _Evaluator:
             Status.TIMED, errors=errors, time_ms=times.kernel_ms, spread=times.spread, baselines_ms=times.baselines_ms
         )
 
-    def _choose(self, kernel: Kernel, device: _Device) -> _Made:
+    def _choose(self, kernel: Kernel, device: Device) -> Candidate:
         """The kernel with its constants: those of the job, the only ones, or the fastest of its own that pass a probe."""
         given = self.job.constants
         combinations = kernel.tunings(self.task, device.facts) if given is None else [dict(given)]
         if not combinations:
             raise NotApplicable("no combination of `tune` values satisfies every `where` condition for this task and device")
         self._progress("compiling")
-        made = _compile_all(kernel, self.task, spread(combinations, MOST_TUNINGS), device)
+        made = compile_all(kernel, self.task, spread(combinations, MOST_TUNINGS), device)
         best = made[0] if len(made) == 1 else self._fastest(made, device)
         self._constants, self._resources = best.constants, best.launcher.resources
         return best
 
-    def _fastest(self, made: list[_Made], device: _Device) -> _Made:
+    def _fastest(self, made: list[Candidate], device: Device) -> Candidate:
         """The fastest that passes a probe; without timing the first. If none passes, the first one's failure counts."""
         passed: list[tuple[float, int]] = []
         first: Exception | None = None
@@ -223,7 +170,7 @@ class _Evaluator:
             raise first
         return made[min(passed)[1]]
 
-    def _check(self, made: _Made, tier: str, seed: int | None = None) -> tuple[ErrorStat, ...]:
+    def _check(self, made: Candidate, tier: str, seed: int | None = None) -> tuple[ErrorStat, ...]:
         from torch_llmkernels.evaluate.check import check
 
         self._progress(f"checking ({tier})")
@@ -234,7 +181,7 @@ class _Evaluator:
             raise _Rejected(errors, failure if tier != "again" else f"after timing: {failure}")
         return errors
 
-    def _check_memory(self, made: _Made) -> None:
+    def _check_memory(self, made: Candidate) -> None:
         """Faults outside the tensors that values do not show: fences on the CPU, compute-sanitizer for winners on CUDA."""
         from torch_llmkernels.evaluate import fence, sanitize
 
@@ -249,13 +196,13 @@ class _Evaluator:
             if report.failure:
                 raise _Rejected((), report.failure)
 
-    def _stopwatch(self, made: _Made, device: _Device) -> Any:
+    def _stopwatch(self, made: Candidate, device: Device) -> Any:
         from torch_llmkernels.evaluate.timing import Stopwatch
 
         symbols = [hint for _, hint in self.task.symbols]
         return Stopwatch(self.task.at(), symbols, made.workspaces(self.task.at()), device.facts)
 
-    def _time(self, made: _Made, device: _Device) -> Times:
+    def _time(self, made: Candidate, device: Device) -> Times:
         from torch_llmkernels.evaluate import roofline
 
         self._progress("timing")
@@ -278,114 +225,3 @@ def _is_prepared(kernel: Kernel, task: Task) -> bool:
     inputs = {t.name for t in task.inputs}
     read = {arg for step in kernel.prepare for arg in step.args} & inputs
     return bool(kernel.prepare) and read <= set(task.constant)
-
-
-def spread(items: list[dict[str, int]], most: int) -> list[dict[str, int]]:
-    """At most `most` of the items, at even steps."""
-    if len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """A compiled and loaded kernel."""
-
-    kernel: Kernel
-    binary: Binary
-    constants: dict[str, int]
-    launcher: Launcher
-    facts: DeviceFacts
-    task: Task
-
-    def workspaces(self, task: Task) -> list[TensorSpec]:
-        """The workspaces for a static task, as specs."""
-        from torch_llmkernels.kernels import launch
-
-        return [_spec(w) for w in launch.workspaces(self.kernel, task, self.constants, self.facts)]
-
-    def again(self, device: _Device) -> _Made:
-        """The same code with a launcher of its own."""
-        return dataclasses.replace(self, launcher=device.load(self.binary, self.kernel, self.task, self.constants))
-
-
-def _spec(workspace: Any) -> TensorSpec:
-    strides, running = [], 1
-    for size in reversed(workspace.shape):
-        strides.append(running)
-        running *= size
-    return TensorSpec(workspace.name, workspace.dtype, tuple(workspace.shape), tuple(reversed(strides)))
-
-
-def _compile_all(kernel: Kernel, task: Task, combinations: list[dict[str, int]], device: _Device) -> list[_Made]:
-    """Every combination that compiles and loads, in order.
-
-    Raises:
-        CompileError, NotApplicable, LaunchError: of the first combination, if there is none.
-    """
-
-    def compiled(constants: dict[str, int]) -> Binary | LLMKernelsError:
-        try:
-            return device.target.compile(kernel, task, constants, device.facts)
-        except (CompileError, NotApplicable) as error:
-            return error
-
-    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        results = list(pool.map(compiled, combinations))
-    made: list[_Made] = []
-    first: LLMKernelsError | None = None
-    for constants, binary in zip(combinations, results, strict=True):
-        try:
-            if isinstance(binary, LLMKernelsError):
-                raise binary
-            launcher = device.load(binary, kernel, task, constants)
-            made.append(_Made(kernel, binary, dict(constants), launcher, device.facts, task))
-        except (CompileError, NotApplicable, LaunchError) as error:
-            first = first or error
-    if not made:
-        assert first is not None
-        raise first
-    return made
-
-
-class _Device:
-    """The device that a job runs on; entering it makes it the current one."""
-
-    def __init__(self, task: Task, index: int) -> None:
-        from torch_llmkernels.kernels.targets import target_for
-
-        self.target: Target = target_for(task.device)
-        reason = self.target.unavailable()
-        if reason:
-            raise ToolchainMissing(reason)
-        self.index = index
-        self.facts: DeviceFacts = self.target.facts(index)
-        self._previous = 0
-
-    def __enter__(self) -> None:
-        if self.target.name == "cuda":
-            import torch
-
-            self._previous = torch.cuda.current_device()
-            torch.cuda.set_device(self.index)
-
-    def __exit__(self, *_: object) -> None:
-        if self.target.name == "cuda":
-            import torch
-
-            torch.cuda.set_device(self._previous)
-
-    def load(self, binary: Binary, kernel: Kernel, task: Task, constants: Mapping[str, int]) -> Launcher:
-        """Load a binary onto this device."""
-        return self.target.load(binary, kernel, task, constants, self.facts, self.index)
-
-    def environment(self, task: Task) -> tuple[tuple[str, str], ...]:
-        """What the numbers hold for."""
-        import torch
-
-        numerics = ", ".join(f"{k}={v}" for k, v in sorted(dataclasses.asdict(task.numerics).items()))
-        return (
-            ("torch", torch.__version__), ("device", self.facts.name), ("device_kind", self.facts.kind),
-            ("unit", self.facts.unit), ("arch", self.facts.arch), ("driver", self.facts.driver), ("threads", str(torch.get_num_threads())),
-            ("numerics", numerics),
-        )  # fmt: skip

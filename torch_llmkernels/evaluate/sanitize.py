@@ -18,7 +18,7 @@ from pathlib import Path
 
 from torch_llmkernels.errors import NotApplicable
 from torch_llmkernels.evaluate.buffers import assign, dtype_of, empty, span_bytes
-from torch_llmkernels.evaluate.run import Job
+from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.task import Dim, Task, TensorSpec
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")

@@ -30,7 +30,9 @@ Run = Callable[..., None]
 MOST_SETS = {"cuda": 256, "cpu": 16}
 MOST_SET_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 L2_MULTIPLE = 2
-MOST_SAMPLES, FEWEST_SAMPLES = 100, 9
+MOST_SAMPLES, FEWEST_SAMPLES = 240, 9
+GROUPS = 12
+"""Groups of consecutive samples whose medians the spread is taken over, where there are four samples in each."""
 SECONDS_PER_SUBJECT = 0.7
 """Time spent inside the clock per subject; slow subjects get `FEWEST_SAMPLES`."""
 
@@ -41,7 +43,7 @@ class Times:
 
     Attributes:
         kernel_ms: The candidate's.
-        spread: Its interquartile range over its median.
+        spread: Interquartile range of its samples (medians of groups of them, if there are many) over its median.
         baselines_ms: (name, milliseconds) of `eager` and, where it compiles, `inductor`.
         mismatch: How the outputs of a timed sample differ from those of a checked call on the same data, or None.
     """
@@ -107,7 +109,9 @@ class _Subject:
 
     @property
     def spread(self) -> float:
-        low, _, high = statistics.quantiles(self.samples, n=4)
+        size = max(1, len(self.samples) // GROUPS) if len(self.samples) >= 4 * GROUPS else 1
+        medians = [statistics.median(self.samples[i : i + size]) for i in range(0, len(self.samples) - size + 1, size)]
+        low, _, high = statistics.quantiles(medians, n=4)
         return (high - low) / self.median if self.median else 0.0
 
 

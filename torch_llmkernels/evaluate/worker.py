@@ -28,7 +28,8 @@ from typing import IO, Any
 
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.errors import LLMKernelsError, SchemaError, WorkerDied, WorkerTimeout
-from torch_llmkernels.evaluate.run import Job, evaluate
+from torch_llmkernels.evaluate.job import Job
+from torch_llmkernels.evaluate.run import evaluate
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.settings import Settings
 

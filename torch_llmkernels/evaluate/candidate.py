@@ -1,0 +1,134 @@
+"""A kernel file made runnable on a device: compiled for each choice of constants, and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from torch_llmkernels.errors import CompileError, LaunchError, LLMKernelsError, NotApplicable, ToolchainMissing
+from torch_llmkernels.task import Task, TensorSpec
+
+if TYPE_CHECKING:
+    from torch_llmkernels.kernels.device import DeviceFacts
+    from torch_llmkernels.kernels.source import Kernel
+    from torch_llmkernels.kernels.targets import Binary, Launcher, Target
+
+COMPILE_THREADS = 4
+
+
+def spread(items: list[dict[str, int]], most: int) -> list[dict[str, int]]:
+    """At most `most` of the items, at even steps."""
+    if len(items) <= most:
+        return items
+    return [items[i * len(items) // most] for i in range(most)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A compiled and loaded kernel."""
+
+    kernel: Kernel
+    binary: Binary
+    constants: dict[str, int]
+    launcher: Launcher
+    facts: DeviceFacts
+    task: Task
+
+    def workspaces(self, task: Task) -> list[TensorSpec]:
+        """The workspaces for a static task, as specs."""
+        from torch_llmkernels.kernels import launch
+
+        return [_spec(w) for w in launch.workspaces(self.kernel, task, self.constants, self.facts)]
+
+    def again(self, device: Device) -> Candidate:
+        """The same code with a launcher of its own."""
+        return dataclasses.replace(self, launcher=device.load(self.binary, self.kernel, self.task, self.constants))
+
+
+def _spec(workspace: Any) -> TensorSpec:
+    strides, running = [], 1
+    for size in reversed(workspace.shape):
+        strides.append(running)
+        running *= size
+    return TensorSpec(workspace.name, workspace.dtype, tuple(workspace.shape), tuple(reversed(strides)))
+
+
+def compile_all(kernel: Kernel, task: Task, combinations: list[dict[str, int]], device: Device) -> list[Candidate]:
+    """Every combination that compiles and loads, in order.
+
+    Raises:
+        CompileError, NotApplicable, LaunchError: of the first combination, if there is none.
+    """
+
+    def compiled(constants: dict[str, int]) -> Binary | LLMKernelsError:
+        try:
+            return device.target.compile(kernel, task, constants, device.facts)
+        except (CompileError, NotApplicable) as error:
+            return error
+
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        results = list(pool.map(compiled, combinations))
+    made: list[Candidate] = []
+    first: LLMKernelsError | None = None
+    for constants, binary in zip(combinations, results, strict=True):
+        try:
+            if isinstance(binary, LLMKernelsError):
+                raise binary
+            launcher = device.load(binary, kernel, task, constants)
+            made.append(Candidate(kernel, binary, dict(constants), launcher, device.facts, task))
+        except (CompileError, NotApplicable, LaunchError) as error:
+            first = first or error
+    if not made:
+        assert first is not None
+        raise first
+    return made
+
+
+class Device:
+    """The device that a job runs on; entering it makes it the current one."""
+
+    def __init__(self, task: Task, index: int) -> None:
+        from torch_llmkernels.kernels.targets import target_for
+
+        self.target: Target = target_for(task.device)
+        reason = self.target.unavailable()
+        if reason:
+            raise ToolchainMissing(reason)
+        self.index = index
+        self.facts: DeviceFacts = self.target.facts(index)
+        self._previous = 0
+
+    def __enter__(self) -> None:
+        if self.target.name == "cuda":
+            import torch
+
+            self._previous = torch.cuda.current_device()
+            torch.cuda.set_device(self.index)
+
+    def __exit__(self, *_: object) -> None:
+        if self.target.name == "cuda":
+            import torch
+
+            torch.cuda.set_device(self._previous)
+
+    def load(self, binary: Binary, kernel: Kernel, task: Task, constants: Mapping[str, int]) -> Launcher:
+        """Load a binary onto this device."""
+        return self.target.load(binary, kernel, task, constants, self.facts, self.index)
+
+    def environment(self, task: Task) -> tuple[tuple[str, str], ...]:
+        """What the numbers hold for."""
+        import torch
+
+        numerics = ", ".join(f"{k}={v}" for k, v in sorted(dataclasses.asdict(task.numerics).items()))
+        return (
+            ("torch", torch.__version__),
+            ("device", self.facts.name),
+            ("device_kind", self.facts.kind),
+            ("unit", self.facts.unit),
+            ("arch", self.facts.arch),
+            ("driver", self.facts.driver),
+            ("threads", str(torch.get_num_threads())),
+            ("numerics", numerics),
+        )
