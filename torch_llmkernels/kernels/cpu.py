@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-fno-exceptions",
          "-Wall", "-Wno-unknown-pragmas", "-Wno-unused")  # fmt: skip
+# Without -fopenmp: see the module's docstring. Without the start files, which have data of their own: see `check_shared_object`.
+LINK_FLAGS = ("-shared", "-fPIC", "-nostartfiles")
 COMPILE_TIMEOUT_S = 300
 MAX_PLANS = 256
 
@@ -75,7 +77,14 @@ class CpuTarget:
 
     def binary_key(self, kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts) -> str:
         return digest(
-            [kernel.digest, _macros(kernel, task, constants, facts), digest(_prelude()), FLAGS, _instruction_set(compiler())]
+            [
+                kernel.digest,
+                _macros(kernel, task, constants, facts),
+                digest(_prelude()),
+                FLAGS,
+                LINK_FLAGS,
+                _instruction_set(compiler()),
+            ]
         )
 
     def compile(self, kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts) -> Binary:
@@ -147,8 +156,7 @@ def _compile(kernel: Kernel, macros: Mapping[str, str]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="llmk-") as directory:
         Path(directory, "kernel.cpp").write_text(launch.assemble(_prelude(), "prelude.hpp", macros, kernel, ".cpp"))
         _check(_step([path, *FLAGS, "-c", "kernel.cpp", "-o", "kernel.o"], directory), kernel.name)
-        # linked without -fopenmp: see the module's docstring
-        _check(_step([path, "-shared", "-fPIC", "kernel.o", "-o", "kernel.so"], directory), kernel.name)
+        _check(_step([path, *LINK_FLAGS, "kernel.o", "-o", "kernel.so"], directory), kernel.name)
         return Path(directory, "kernel.so").read_bytes()
 
 
@@ -175,10 +183,9 @@ def check_shared_object(code: bytes, name: str) -> None:
     foreign = sorted(s for s in found.imports if not _ALLOWED_IMPORTS.match(s))
     if foreign:
         raise CompileError(f"{name}: uses {', '.join(foreign)}; a kernel may call math, mem* and OpenMP functions only")
-    if found.sections.get(".init_array", 0) > 8 or found.sections.get(".fini_array", 0) > 8:  # the C runtime's own entry
+    if found.sections.get(".init_array", 0) or found.sections.get(".fini_array", 0):
         raise CompileError(f"{name}: has code that runs at load time; initialise globals with constants (constexpr)")
-    # the C runtime keeps 8 bytes in each of .data and .bss
-    if found.sections.get(".data", 0) > 8 or found.sections.get(".bss", 0) > 8 or found.sections.get(".tbss", 0):
+    if any(found.sections.get(section, 0) for section in (".data", ".bss", ".tdata", ".tbss")):
         raise CompileError(f"{name}: has mutable global or static variables; a kernel keeps no state, use a [[workspace]]")
 
 

@@ -125,6 +125,7 @@ def _parse(text: str, name: str) -> Kernel:
         prepare=tuple(_bind(step, f"prepare[{i}]", functions) for i, step in enumerate(header.prepare)),
         launch=tuple(_bind(step, f"launch[{i}]", functions) for i, step in enumerate(header.launch)),
     )
+    _check_used(header, functions)
     _check_unique(header)
     fields: dict[str, Any] = {f.name: getattr(header, f.name) for f in dataclasses.fields(Header)}
     kernel = Kernel(**fields, name=name, text=text, body=body, first_line=first_line, tensors=_tensors(header))
@@ -152,14 +153,11 @@ def _check_entries(header: Header, functions: dict[str, Function]) -> None:
         raise KernelSourceError(f"header: a CPU kernel is one function, so exactly one [[launch]], not {len(header.launch)}")
     if header.target == "cpu" and header.tensor_map:
         raise KernelSourceError("header: [[tensor_map]] is for cuda")
-    launched = {step.kernel for step in (*header.prepare, *header.launch)}
     for function in functions.values():
         if header.target == "cuda" and not function.is_global:
             raise KernelSourceError(
                 f'line {function.line}: {function.name} is `extern "C"` but not `__global__`; make it one of them'
             )
-        if function.name not in launched:
-            raise KernelSourceError(f'line {function.line}: {function.name} is `extern "C"` but no launch uses it')
 
 
 def _bind(step: Launch, where: str, functions: dict[str, Function]) -> Launch:
@@ -176,6 +174,13 @@ def _bind(step: Launch, where: str, functions: dict[str, Function]) -> Launch:
             f"but args has {len(step.args)} ({', '.join(step.args)})"
         )
     return dataclasses.replace(step, params=params)
+
+
+def _check_used(header: Header, functions: dict[str, Function]) -> None:
+    launched = {step.kernel for step in (*header.prepare, *header.launch)}
+    for function in functions.values():
+        if function.name not in launched:
+            raise KernelSourceError(f'line {function.line}: {function.name} is `extern "C"` but no launch uses it')
 
 
 def _check_unique(header: Header) -> None:
@@ -256,11 +261,14 @@ def _scalar(arg: str, kernel: str) -> Expression:
 
 def _check_expression(kernel: Kernel, where: str, expression: Expression, known: set[str]) -> None:
     """Refuse names that no task could define. A lower-case bare name may be a parameter of the task; that is for `why_not`."""
+    passed_by_pointer = {*kernel.tensors, *(w.name for w in kernel.workspace), *(m.name for m in kernel.tensor_map)}
     for name in sorted(expression.names):
         tensor = _TENSOR_ATTRIBUTE.match(name)
         if name in known or name in _DEVICE or (tensor and tensor[1] in kernel.tensors):
             continue
-        if tensor:
+        if name in passed_by_pointer:
+            problem = f"'{name}' is a tensor, workspace or tensor map, not a number"
+        elif tensor:
             problem = f"'{tensor[1]}' is not a tensor of this kernel (its pointer arguments are: {', '.join(kernel.tensors)})"
         elif name.startswith("device."):
             problem = f"'{name}' is unknown (device has {', '.join(_DEVICE)})"
