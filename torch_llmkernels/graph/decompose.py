@@ -17,12 +17,15 @@ from torch import fx
 from torch_llmkernels.graph.patterns import pattern_ops
 
 
+_NOT_COMPOSITE = ("aten.add.Tensor", "aten.add.Scalar")  # in the table for complex numbers only: an addition stays one
+
+
 @functools.cache
 def kept_operators() -> frozenset[torch._ops.OpOverload]:
     """The functional operators that some pattern mentions and that Inductor's table of the installed torch decomposes."""
     from torch._inductor.decomposition import decompositions
 
-    mentioned = pattern_ops()
+    mentioned = pattern_ops() - set(_NOT_COMPOSITE)
     return frozenset(op for op in decompositions if str(op) in mentioned and not op._schema.is_mutable)
 
 
