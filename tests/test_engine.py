@@ -1,4 +1,4 @@
-"""The branching search end to end, with a scripted model and a scripted pool: what it asks, when it stops, what survives a kill."""
+"""The branching search end to end, with a scripted model and pool: what it asks, when it stops, what survives a kill."""
 
 from __future__ import annotations
 
@@ -301,7 +301,8 @@ class TestResume:
             "from pathlib import Path\n"
             "from scripted_search import *\n"
             "answer = lambda role, slot: os._exit(9) if slot == 'r2.s0.i0.v1.a0' else default_answer(role, slot)\n"
-            f"open_engine(Path({str(tmp_path)!r}), SMALL, ScriptedModel(answer), ScriptedPool(), bank=(('known', kernel('2.9')),)).drive()\n"
+            "bank = (('known', kernel('2.9')),)\n"
+            f"open_engine(Path({str(tmp_path)!r}), SMALL, ScriptedModel(answer), ScriptedPool(), bank=bank).drive()\n"
         )
         ended = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert ended.returncode == 9

@@ -100,8 +100,8 @@ PRESETS: dict[str, SearchSettings] = {
     ),
     "default": SearchSettings(),
     "thorough": SearchSettings(
-        rounds=5, ideas=4, variants=2, seeds=3, repairs=2, bank=5, max_tokens=8_000_000, max_candidates=240, max_seconds=6 * 3600.0,
-        patience=3,
+        rounds=5, ideas=4, variants=2, seeds=3, repairs=2, bank=5, max_tokens=8_000_000, max_candidates=240,
+        max_seconds=6 * 3600.0, patience=3,
     ),
     "sequential": SearchSettings(
         rounds=64, ideas=1, variants=1, seeds=1, bank=1, max_tokens=1_000_000, max_candidates=64, max_seconds=3600.0, patience=64,

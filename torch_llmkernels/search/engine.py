@@ -1,9 +1,10 @@
 """The branching search: rounds -> seeds -> ideas -> implementations -> check, repair, time -> seeds of the next round.
 
 One engine serves the search that runs in one process, the one whose model is a folder of files, and the one that proposes on one
-machine and evaluates on another: they differ in whether a provider and a pool are there. What can be decided from the journal alone
-is decided in `STEPS`, a flat list; what needs the model or the device is dispatched, and its outcome journalled before anything
-reads it. The same journal always leads to the same next step, so a killed search goes on where it was and no answer is paid twice.
+machine and evaluates on another: they differ in whether a provider and a pool are there. What can be decided from the journal
+alone is decided in `STEPS`, a flat list; what needs the model or the device is dispatched, and its outcome journalled before
+anything reads it. The same journal always leads to the same next step, so a killed search goes on where it was and no answer is
+paid twice.
 """
 
 from __future__ import annotations
@@ -240,8 +241,8 @@ def _ideas_of(engine: Engine, prompt: Prompt) -> list[Event]:
     prefix = prompt.chain.removesuffix(".ideas")
     slots = [f"{prefix}.i{number}" for number in range(len(new))]
     return [
-        {"event": "idea", "id": digest([slot, prompt.id]), "slot": slot, "round": prompt.round, "seed": prompt.seed, "prompt": prompt.id,
-         **dataclasses.asdict(idea)}
+        {"event": "idea", "id": digest([slot, prompt.id]), "slot": slot, "round": prompt.round, "seed": prompt.seed,
+         "prompt": prompt.id, **dataclasses.asdict(idea)}
         for slot, idea in zip(slots, new, strict=True)
     ]  # fmt: skip
 
@@ -321,8 +322,9 @@ def _prompt(
     system, text = rendered
     key = digest(system)
     known = [] if key in engine.tree.systems else [{"event": "system", "id": key, "text": system}]
-    return [*known, {"event": "prompt", "id": prompt_id(role, system, text), "role": role, "slot": slot, "round": number, "seed": seed,
-                     "idea": node.id if node else "", "variant": variant, "attempt": attempt, "system": key, "text": text}]  # fmt: skip
+    place_of = {"role": role, "slot": slot, "round": number, "seed": seed, "idea": node.id if node else ""}
+    asked = {"event": "prompt", "id": prompt_id(role, system, text), **place_of, "variant": variant, "attempt": attempt}
+    return [*known, {**asked, "system": key, "text": text}]
 
 
 def stop_search(engine: Engine) -> list[Event]:
@@ -452,7 +454,7 @@ class SearchResult:
     """How a search ended.
 
     Attributes:
-        record: The accepted kernel, fully checked; None if there is none. It may be slower than the baselines: its evaluation says.
+        record: The accepted kernel, fully checked; None if there is none. Whether it beats the baselines, its evaluation says.
         spent: What the model was paid.
         reason: Why it ended.
     """

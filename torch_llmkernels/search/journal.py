@@ -111,9 +111,7 @@ def _parse(data: bytes, path: Path) -> tuple[list[Event], int]:
                 raise ValueError("not an event")
         except ValueError as error:
             if number < len(lines):
-                raise SchemaError(
-                    f"{path}:{number}: damaged journal line ({error}); restore it from a copy, or delete the line and what depends on it"
-                ) from None
+                raise SchemaError(f"{path}:{number}: damaged journal line ({error}); restore it from a copy of the run") from None
             log.warning(
                 "%s:%d: dropped a half-written last line (%d bytes); the search goes on before it", path, number, len(line)
             )

@@ -115,8 +115,8 @@ def _read_reply(path: Path) -> str:
 class ReplayProvider:
     """A journal answers: by the prompt itself, else by its place in the search.
 
-    Prompts quote times and device facts of the machine that recorded them, so on another machine they differ word for word while the
-    search is the same; every recorded code reply is a whole file, which holds wherever its place is reached.
+    Prompts quote times and device facts of the machine that recorded them, so on another machine they differ word for word while
+    the search is the same; every recorded code reply is a whole file, which holds wherever its place is reached.
 
     Args:
         events: The recorded journal.
@@ -156,19 +156,22 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def provider_for(name: str, directory: Path, *, models: str = "", base_url: str = "", api_key_env: str = "OPENAI_API_KEY",
-                 wait_s: float = 0.0, concurrency: int = 4, max_output_tokens: int = 0) -> Provider:  # fmt: skip
+def provider_for(
+    name: str, directory: Path, *, models: str = "", base_url: str = "", api_key_env: str = "OPENAI_API_KEY", wait_s: float = 0.0,
+    concurrency: int = 4, max_output_tokens: int = 0, reasoning_effort: str = "",
+) -> Provider:  # fmt: skip
     """The provider a setting names.
 
     Args:
         name: `openai`, `replay:JOURNAL`, `exchange` (files in the run's own folder) or `exchange:FOLDER`.
         directory: The run's folder.
-        models: For `openai`: names separated by commas, each optionally `name=weight`, `name@base_url`, or `name@base_url#KEY_ENV`.
+        models: For `openai`: see `openai_provider.parse_models`.
         base_url: For `openai`: the endpoint of models that name none.
         api_key_env: For `openai`: the environment variable with the key of models that name none.
         wait_s: For `exchange`: seconds to wait for a reply.
         concurrency: Requests at a time.
         max_output_tokens: For `openai`: limit passed to the model; 0 leaves it out.
+        reasoning_effort: For `openai`: passed if set.
 
     Raises:
         SettingsError: for another name, or a journal that is not there.
@@ -188,5 +191,7 @@ def provider_for(name: str, directory: Path, *, models: str = "", base_url: str 
         from torch_llmkernels.search.openai_provider import OpenAIProvider, parse_models
 
         listed = parse_models(models, base_url, api_key_env)
-        return OpenAIProvider(listed, concurrency=concurrency, max_output_tokens=max_output_tokens)
+        return OpenAIProvider(
+            listed, concurrency=concurrency, max_output_tokens=max_output_tokens, reasoning_effort=reasoning_effort
+        )
     raise SettingsError(f"unknown provider {name!r}: use 'openai', 'replay:JOURNAL', 'exchange' or 'exchange:FOLDER'")

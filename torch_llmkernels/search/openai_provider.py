@@ -1,7 +1,7 @@
 """Any OpenAI-compatible endpoint as a search's model; several at once, chosen by weight.
 
-Everything an endpoint can do wrong becomes a `Reply` with a reason: rate limits and server errors that outlast the client's retries,
-time-outs, connections cut in the middle, bodies that are not JSON or not a completion, refusals and cut-off answers.
+Everything an endpoint can do wrong becomes a `Reply` with a reason: rate limits and server errors that outlast the client's
+retries, time-outs, connections cut in the middle, bodies that are not JSON or not a completion, refusals and cut-off answers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class OpenAIProvider:
         models: Chosen by weight for each prompt, always the same for the same prompt.
         concurrency: Requests at a time.
         max_output_tokens: Limit passed to the model; 0 leaves it out.
-        reasoning_effort: Passed if set; dropped for the session, with a warning, if an endpoint refuses it.
+        reasoning_effort: Passed if set; dropped for the process, with a warning, if an endpoint refuses it.
         timeout_s: Seconds one request may take.
         max_retries: The client's own retries after connection errors, 408, 409, 429 and 5xx.
         stream: Whether to receive the answer piece by piece, which keeps proxies from closing a silent connection.
@@ -144,7 +144,7 @@ class OpenAIProvider:
         """Take a model that cannot answer out of the rotation; whether another one is left."""
         with self._lock:
             if model in self.models and len(self.models) > 1:
-                log.warning("model %s is not asked again in this session: %s", model.name, error)
+                log.warning("model %s is not asked again in this process: %s", model.name, error)
                 self.models.remove(model)
                 return True
             return model not in self.models
@@ -174,7 +174,7 @@ class OpenAIProvider:
         with self._lock:
             for name in [n for n in self._options if n in words]:
                 value = self._options.pop(name)
-                log.warning("the endpoint refuses %s; it is not sent again in this session (%s)", name, self._redacted(words))
+                log.warning("the endpoint refuses %s; it is not sent again in this process (%s)", name, self._redacted(words))
                 if name == "max_completion_tokens":
                     self._options["max_tokens"] = value
                 return True

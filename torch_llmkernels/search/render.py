@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
@@ -107,16 +106,8 @@ def _file(name: str) -> str:
 @functools.cache
 def prelude(target: str) -> str:
     """What every kernel of a target sees before its own source, read from the prelude itself."""
-    folder = resources.files("torch_llmkernels.kernels")
-    for name in (
-        f"prelude_{target}.h",
-        f"prelude.{'cuh' if target == 'cuda' else 'h'}",
-        f"prelude.{'cu' if target == 'cuda' else 'cpp'}",
-    ):
-        path = folder / name
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-    return "// (empty)"
+    name = "prelude.cuh" if target == "cuda" else "prelude.hpp"
+    return (resources.files("torch_llmkernels.kernels") / name).read_text(encoding="utf-8")
 
 
 def fence(text: str, language: str = "text") -> str:
@@ -163,9 +154,10 @@ def _tensor_row(spec: TensorSpec, role: str, constant: bool) -> str:
 
 def _numerics(task: Task) -> str:
     policy = task.numerics
-    words = {"ieee": "float32 products must keep full float32 accuracy (no plain TF32 or half-precision products; an error-compensated "
-                     "split over tensor cores is welcome if its error is no worse)",
-             "tf32": "float32 products may be computed in TF32", "bf16": "float32 products may be computed in bfloat16"}  # fmt: skip
+    words = {"ieee": "float32 products must keep full float32 accuracy (no plain TF32 or half-precision products; an "
+                     "error-compensated split over tensor cores is welcome if its error is no worse)",
+             "tf32": "float32 products may be computed in TF32",
+             "bf16": "float32 products may be computed in bfloat16"}  # fmt: skip
     lines = [f"Numerics policy: matmul {policy.matmul}, convolution {policy.conv}; {words.get(policy.matmul, policy.matmul)}."]
     if policy.deterministic:
         lines.append("Two runs must agree bit for bit: no floating-point atomics, no order that depends on timing.")
@@ -179,12 +171,24 @@ _LABELS = {
 }  # fmt: skip
 
 
+_CEILINGS = {
+    "copy": ("memory bandwidth, bytes read plus written", "GB/s", 1e9),
+    "cache": ("the same while the data stays in cache", "GB/s", 1e9),
+    "fp32": ("strict float32 matrix product", "TFLOP/s", 1e12),
+    "tf32": ("float32 matrix product with TF32 allowed", "TFLOP/s", 1e12),
+    "fp16": ("float16 matrix product", "TFLOP/s", 1e12),
+}
+
+
 def device_section(goal: Goal) -> str:
     """The device's facts, and the ceilings that were measured on it."""
     lines = [f"- {_LABELS[name]}: {goal.facts[name]}" for name in _LABELS if goal.facts.get(name) not in (None, 0, "")]
-    ceilings = [f"- {name.replace('_', ' ')}: {_number(value)}" for name, value in _flat(goal.ceilings) if value]
-    if ceilings:
-        lines += ["", "Measured here, the best that simple programs reach:", *ceilings]
+    measured = {name: goal.ceilings[name] for name in _CEILINGS if goal.ceilings.get(name)}
+    if measured:
+        lines += ["", "Measured here with simple programs, so ceilings in practice:"]
+        lines += [
+            f"- {_CEILINGS[name][0]}: {value / _CEILINGS[name][2]:.4g} {_CEILINGS[name][1]}" for name, value in measured.items()
+        ]
     return "\n".join(lines)
 
 
@@ -192,12 +196,12 @@ def floor_section(goal: Goal) -> str:
     """How fast the task could be at best, and which side of the roofline it is on."""
     if not goal.floor_ms:
         return "The roofline floor of this task is not known."
-    rest = ", ".join(
-        f"{name.replace('_', ' ')} {_number(value)}"
-        for name, value in _flat(goal.floor)
-        if name != "ms" and value not in (None, "")
-    )
-    return f"Roofline floor: **{goal.floor_ms:.4g} ms** ({rest})." if rest else f"Roofline floor: **{goal.floor_ms:.4g} ms**."
+    text = f"Roofline floor: **{goal.floor_ms:.4g} ms**"
+    side = {"bytes": "memory traffic", "flops": "arithmetic"}.get(str(goal.floor.get("bound")))
+    if side:
+        moved, gflop = _bytes(int(goal.floor.get("bytes", 0))), float(goal.floor.get("flops", 0)) / 1e9
+        text += f", bound by {side}: {moved} must move (every input and output once), {gflop:.4g} GFLOP must be done"
+    return f"{text}."
 
 
 def seed_section(tree: Tree, seed: Candidate) -> str:
@@ -230,8 +234,8 @@ def measurements(evaluation: Evaluation) -> list[str]:
         lines.append(f"compiler and driver: {shown}")
     if evaluation.errors:
         worst = max(evaluation.errors, key=lambda e: e.frobenius / (e.frobenius_yardstick or 1.0))
-        lines.append(f"largest error against float64: {worst.frobenius:.2e} (Frobenius, `{worst.output}`, {worst.distribution} inputs); "
-                     f"eager's own: {worst.frobenius_yardstick:.2e}")  # fmt: skip
+        lines.append(f"largest error against float64: {worst.frobenius:.2e} (Frobenius, `{worst.output}`, {worst.distribution} "
+                     f"inputs); eager's own: {worst.frobenius_yardstick:.2e}")  # fmt: skip
     if evaluation.detail:
         lines.append(f"note: {_one_line(_clip(evaluation.detail, 1500))}")
     return lines
@@ -279,30 +283,14 @@ def _variation(variant: int, variants: int) -> str:
     if variants == 1:
         return ""
     return (
-        f"This is implementation {variant + 1} of {variants} of the same idea, each written without sight of the others. Make your own "
-        f"choices where the idea leaves them open (decomposition of the work, tile shapes, which unit does what); "
+        f"This is implementation {variant + 1} of {variants} of the same idea, each written without sight of the others. Make "
+        f"your own choices where the idea leaves them open (decomposition of the work, tile shapes, which unit does what); "
         + (
             "here, prefer the most direct form of the idea."
             if variant == 0
             else "here, prefer a less obvious but promising form of it."
         )
     )
-
-
-def _flat(plain: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in plain.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{name} ")
-        elif isinstance(value, (list, tuple)) and all(isinstance(v, (list, tuple)) and len(v) == 2 for v in value):
-            rows += _flat(dict(value), f"{prefix}{name} ")
-        else:
-            rows.append((prefix + name, value))
-    return rows
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _bytes(count: int) -> str:

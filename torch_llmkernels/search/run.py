@@ -1,4 +1,4 @@
-"""A search's folder: `run.json` (what is searched and with which numbers), `journal.jsonl`, `exchange/`, `winner.json`, `report.html`.
+"""A search's folder: `run.json` (task, device, numbers), `journal.jsonl`, `exchange/`, `winner.json`, `report.html`.
 
 Nothing in it is bound to a machine or a path, so it can be copied to where the device is and back. It never holds a key.
 """
@@ -33,6 +33,7 @@ class Goal:
         preset: Name of the preset the settings came from, for people.
         provider: How the run was started (`exchange`, `openai`, `replay:...`), for going on in the same way.
         models: For `openai`: the models with weights and endpoints, no keys.
+        effort: For `openai`: the reasoning effort, if any.
     """
 
     task: Task
@@ -44,6 +45,7 @@ class Goal:
     preset: str = ""
     provider: str = ""
     models: str = ""
+    effort: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` reads it back."""
@@ -107,7 +109,7 @@ class Run:
                 raise SchemaError(f"{path} is not JSON ({error}); restore it from a copy of the run") from None
             if goal is not None and goal.task.key != known.task.key:
                 raise SearchError(
-                    f"{self.directory} holds a search for another task ({known.task.signature} {known.task.key}); choose a new folder"
+                    f"{self.directory} holds a search for another task ({known.task.signature} {known.task.key})"
                 )
             return known
         if goal is None:

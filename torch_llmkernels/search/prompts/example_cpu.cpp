@@ -18,9 +18,9 @@ static inline ACC sum_of_squares(const T_x* row, int64_t cols) {
     int64_t c = 0;
     for (; c + LANES <= cols; c += LANES) {
 #pragma omp simd
-        for (int i = 0; i < LANES; ++i) lanes[i] += ACC(row[c + i]) * ACC(row[c + i]);
+        for (int i = 0; i < LANES; ++i) lanes[i] += to_acc(row[c + i]) * to_acc(row[c + i]);
     }
-    for (int i = 0; c < cols; ++c, ++i) lanes[i] += ACC(row[c]) * ACC(row[c]);
+    for (int i = 0; c < cols; ++c, ++i) lanes[i] += to_acc(row[c]) * to_acc(row[c]);
     for (int half = LANES / 2; half > 0; half /= 2) {
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     }
@@ -34,11 +34,11 @@ extern "C" void row_l2_normalize(const T_x* x, const T* scale, T_y* y, int64_t r
         T_y* out = y + r * cols;
         const ACC norm = ACC(1) / std::sqrt(sum_of_squares(row, cols) + eps);
         for (int64_t c = 0; c < cols; ++c) {
-            ACC v = ACC(row[c]) * norm;
+            ACC v = to_acc(row[c]) * norm;
 #if HAS_SCALE
-            v *= ACC(scale[c]);
+            v *= to_acc(scale[c]);
 #endif
-            out[c] = T_y(v);
+            out[c] = from_acc<T_y>(v);
         }
     }
 }

@@ -15,31 +15,21 @@ args   = ["x", "scale", "y", "cols", "pitch", "eps"]
 ---*/
 // y[r, c] = x[r, c] / sqrt(sum_c x[r, c]^2 + eps) * scale[c]: one block per row; any number of columns, any row pitch.
 
-__device__ ACC block_sum(ACC value, ACC* shared) {
-    for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-    __syncthreads();
-    ACC total = ACC(0);
-    for (int warp = 0; warp < THREADS / 32; ++warp) total += shared[warp];
-    return total;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
 row_l2_normalize(const T_x* __restrict__ x, const T* __restrict__ scale, T_y* __restrict__ y, int cols, long long pitch, float eps) {
-    __shared__ ACC shared[THREADS / 32];
     const T_x* row = x + blockIdx.x * pitch;
     T_y* out = y + blockIdx.x * (long long)cols;
     ACC sum = ACC(0);
     for (int c = threadIdx.x; c < cols; c += THREADS) {
-        ACC v = ACC(row[c]);
+        const ACC v = to_acc(row[c]);
         sum += v * v;
     }
-    ACC norm = ACC(1) / sqrtf(block_sum(sum, shared) + eps);
+    const ACC norm = ACC(1) / sqrtf(block_sum(sum) + eps);
     for (int c = threadIdx.x; c < cols; c += THREADS) {  // the row is in cache now
-        ACC v = ACC(row[c]) * norm;
+        ACC v = to_acc(row[c]) * norm;
 #if HAS_SCALE
-        v *= ACC(scale[c]);
+        v *= to_acc(scale[c]);
 #endif
-        out[c] = T_y(v);
+        out[c] = from_acc<T_y>(v);
     }
 }
