@@ -41,7 +41,8 @@ def graph_tasks(name: str, training: bool, dynamic: bool) -> list[Task]:
 
 
 CASES = [
-    ("resnet_channels_last", False, False), ("digits", True, False), ("gpt", True, False), ("gpt", False, True),
+    ("resnet_channels_last", False, False), ("resnet", True, False),
+    ("digits", True, False), ("gpt", True, False), ("gpt", False, True),
     ("encoder", True, False), ("hand_attention", True, False), ("dropout", True, False),
 ]  # fmt: skip
 

@@ -117,7 +117,7 @@ def python_source(task: Task) -> str:
     body = _Writer(task).lines()
     names = [t.name for t in task.inputs] + [name for name, _ in task.symbols]
     defaults = [f"{name}={_value(value)}" for name, value in task.params]
-    parameters = [", ".join(names), *(["*", ", ".join(defaults)] if defaults else [])]
+    parameters = [*_wrapped(names), *(["*", *_wrapped(defaults)] if defaults else [])]
     comments = [_describe(t) for t in task.inputs] + [f"{name}: int, such as {hint}" for name, hint in task.symbols]
     returned = ", ".join(t.name for t in task.outputs)
     return "\n".join([
@@ -128,6 +128,15 @@ def python_source(task: Task) -> str:
         *(f"    # {_describe(t)}" for t in task.outputs),
         f"    return {returned}", "",
     ])  # fmt: skip
+
+
+def _wrapped(parts: list[str], width: int = 110) -> list[str]:
+    """The parts, comma separated, in lines of at most `width` characters (a part alone may be longer)."""
+    lines = [""]
+    for part in parts:
+        joined = f"{lines[-1]}, {part}" if lines[-1] else part
+        lines = [*lines[:-1], joined] if len(joined) <= width or not lines[-1] else [*lines, part]
+    return lines
 
 
 def _describe(spec: TensorSpec) -> str:

@@ -41,7 +41,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     """Every argument by its name in the schema of `canonical_op`, in schema order, with defaults and normalised literals."""
     given, values = _given(node), {}
     schema = _SCALAR_SPELLING.get(op_name(node), node.target)._schema
-    rank = _rank(given.get("self", given.get("input")))
+    rank = next((v.meta["val"].ndim for v in given.values() if is_tensor(v)), None)
+    if op_name(node) == "aten.unsqueeze.default":
+        rank = node.meta["val"].ndim  # it names a dimension of its result
     floating = _is_floating(node)
     for argument in schema.arguments:
         value = given.get(argument.name, argument.default_value)
@@ -55,10 +57,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def _given(node: fx.Node) -> dict[str, Any]:
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
-def _rank(value: Any) -> int | None:
-    return value.meta["val"].ndim if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor) else None
 
 
 def _is_floating(node: fx.Node) -> bool:

@@ -296,6 +296,25 @@ PATTERNS: tuple[Pattern, ...] = (
 )  # fmt: skip
 
 
+REDUCTIONS = frozenset({
+    "aten.sum.dim_IntList", "aten.sum.default", "aten.mean.dim", "aten.mean.default", "aten.amax.default", "aten.amin.default",
+    "aten.var.correction", "aten.var_mean.correction", "aten.logsumexp.default", "aten.linalg_vector_norm.default",
+})  # fmt: skip
+"""Where regions without a pattern grow from."""
+
+POINTWISE = frozenset({
+    *(f"aten.{name}.Tensor" for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge")),
+    *(f"aten.{name}.Scalar" for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    *(f"aten.{name}.default" for name in (
+        "abs", "neg", "sign", "exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "reciprocal", "sin", "cos", "erf",
+        "relu", "gelu", "silu", "elu", "mish", "softplus", "leaky_relu", "sigmoid", "tanh", "hardswish", "hardsigmoid",
+        "hardtanh", "maximum", "minimum", "clamp", "logical_and", "logical_or", "logical_not", "unsqueeze", "expand",
+    )),
+    "aten.pow.Tensor_Scalar", "aten.where.self", "aten.squeeze.dims", "prims.convert_element_type.default",
+})  # fmt: skip
+"""What they grow over."""
+
+
 def anchor_ops() -> frozenset[str]:
     """Every op at which some pattern starts."""
     return frozenset(p.anchor.op for p in PATTERNS)

@@ -2,20 +2,22 @@
 
 `find_regions` scans for anchors, matches every pattern at each, and takes matches greedily: those whose signature is in `prefer`
 first, then the ones with more calls, then the one that comes first in the graph. A match whose nodes are partly taken gives way
-to a shorter extent of itself. Everything that could have been a region and is none is a `Skipped` with its reason.
+to a shorter extent of itself. Around the reductions that are left, regions without a name grow. Everything that could have been a
+region and is none is a `Skipped` with its reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 
 import torch
 from torch import fx
 
 from torch_llmkernels.graph.calls import arguments, is_tensor, literal_of, nodes_in, op_name, unaliased
+from torch_llmkernels.graph.growth import Grown, canonical, grow
 from torch_llmkernels.graph.matching import Match, is_view, matches
-from torch_llmkernels.graph.patterns import PATTERNS, Call, anchor_ops
+from torch_llmkernels.graph.patterns import PATTERNS, REDUCTIONS, Call, anchor_ops
 from torch_llmkernels.task import ITEMSIZE
 
 _TAGS = ("recompute", "ac_graph_id", "partitioner_tag")
@@ -62,7 +64,7 @@ class Skipped:
 
 def has_anchor(graph: fx.Graph) -> bool:
     """Whether some node of an ATen graph could start a region: one pass over the targets, nothing else."""
-    ops = anchor_ops()
+    ops = anchor_ops() | REDUCTIONS
     return any(op_name(n) in ops for n in graph.nodes)
 
 
@@ -90,7 +92,14 @@ def find_regions(graph: fx.Graph, prefer: Collection[str] = ()) -> tuple[list[Re
         if reason:
             refused.setdefault(match.anchor, Skipped(match.signature, match.anchor.name, reason))
         else:
-            finder.take(match)
+            finder.anchors.add(match.anchor)
+            finder.take(_region(match, order))
+    for grown in grow(graph, finder.may_join, lambda nodes: bool(finder.cycle(nodes))):
+        reason = finder.refuse_nodes(tuple(grown.nodes))
+        if reason:
+            skipped.append(Skipped("pointwise_reduce", grown.seed.name, reason))
+        else:
+            finder.take(_grown_region(grown, order))
     skipped += refused.values()
     return sorted(finder.regions, key=lambda r: order[r.nodes[0]]), skipped
 
@@ -131,23 +140,24 @@ class _Finder:
         taken = next((self._owner[n] for n in match.nodes if n in self._owner), None)
         if taken:
             return f"overlaps {taken.signature}"
-        checks: Iterable[Callable[[], str]] = (
-            lambda: _tag_refusal(match.nodes),
-            lambda: _tensor_refusal(match),
-            lambda: self._cycle(set(match.nodes)),
-            lambda: "" if _outputs(match) else "nothing reads its result",
-        )
-        return next((r for r in (check() for check in checks) if r), "")
+        return self.refuse_nodes(match.nodes) or ("" if _outputs(match) else "nothing reads its result")
 
-    def take(self, match: Match) -> None:
-        """Make the match a region."""
-        region = _region(match, self.order)
+    def refuse_nodes(self, nodes: tuple[fx.Node, ...]) -> str:
+        """Why these nodes cannot be one region, whatever they compute; empty if they can."""
+        return _tag_refusal(nodes) or _tensor_refusal(nodes) or self.cycle(set(nodes))
+
+    def may_join(self, node: fx.Node, seed: fx.Node) -> bool:
+        """Whether a node is free and of the seed's phase and tags."""
+        same_phase = (node in self.backward) == (seed in self.backward)
+        return node not in self._owner and same_phase and not _tag_refusal((node, seed)) and not _tensor_refusal((node,))
+
+    def take(self, region: Region) -> None:
+        """Make its nodes taken."""
         self.regions.append(region)
-        self.anchors.add(match.anchor)
         for node in region.nodes:
             self._owner[node] = region
 
-    def _cycle(self, inside: set[fx.Node]) -> str:
+    def cycle(self, inside: set[fx.Node]) -> str:
         """A path that leaves the nodes and comes back, with every taken region as one node; empty if there is none."""
         limit = self._limit(inside)
         queue = [i for n in inside for i in n.all_input_nodes if i not in inside]
@@ -189,9 +199,9 @@ def _tag_refusal(nodes: tuple[fx.Node, ...]) -> str:
     return ""
 
 
-def _tensor_refusal(match: Match) -> str:
-    """Why some tensor of the match is outside of what kernels serve."""
-    tensors = {n for m in match.nodes for n in (m, *m.all_input_nodes) if is_tensor(n)}
+def _tensor_refusal(nodes: tuple[fx.Node, ...]) -> str:
+    """Why some tensor that the nodes read or make is outside of what kernels serve."""
+    tensors = {n for m in nodes for n in (m, *m.all_input_nodes) if is_tensor(n)}
     scalars = {n for n in tensors if op_name(n) in ("aten.scalar_tensor.default", "aten.full.default")}
     for node in tensors - scalars:
         reason = _value_refusal(node.meta["val"])
@@ -270,6 +280,13 @@ def _region(match: Match, order: dict[fx.Node, int]) -> Region:
     return Region(
         match.signature, tuple(sorted(inside, key=order.__getitem__)), inputs, tuple(_outputs(match)), roles, first, prefixes
     )
+
+
+def _grown_region(grown: Grown, order: dict[fx.Node, int]) -> Region:
+    form = canonical(grown.nodes)
+    nodes = tuple(sorted(grown.nodes, key=order.__getitem__))
+    prefixes = {n: op_name(n).split(".")[1] if n.op == "call_function" and "." in op_name(n) else "" for n in nodes}
+    return Region(form.signature, nodes, form.inputs, form.outputs, form.roles, form.first, prefixes)
 
 
 def _argument_is(node: fx.Node, argument: str, source: fx.Node, inside: set[fx.Node]) -> bool:
