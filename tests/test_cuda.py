@@ -55,6 +55,11 @@ def test_a_kernel_with_tma_mbarrier_wgmma_and_a_cluster_compiles() -> None:
     assert found.registers is not None and 64 < found.registers <= 128 and found.spill_bytes == 0
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])
+def test_every_helper_of_the_prelude_assembles(arch: str) -> None:
+    CUDA.compile(kernel("every_helper"), tasks.matmul_task(), {}, facts_for_arch(arch))
+
+
 def test_compile_errors_carry_the_lines_of_the_kernel_file() -> None:
     broken = edited("add_relu", "if (i >= n) return;", "if (i >= undeclared) return;")
     line = next(i for i, text in enumerate(broken.text.splitlines(), 1) if "undeclared" in text)

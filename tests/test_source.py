@@ -68,6 +68,7 @@ def test_a_whole_file_parses_into_its_parts() -> None:
         (edited("static  ", "statics "), "unknown key 'statics'.*known: implements"),
         (edited("[1, 4]", "[1, 4.5]"), "tune.VEC must be a list of different ints"),
         (edited("VEC = [1, 4]", "T_x = [1, 4]"), "tunable 'T_x'"),
+        (edited("VEC = [1, 4]", f"VEC = {list(range(5000))}"), "10000 combinations"),
         (edited('static     = ["n"]', 'static = ["m"]'), "static dim 'm' is not defined"),
         (edited('static     = ["n"]', "align = 3"), "'align' is 3"),
         (edited('"y.numel"', '"y.size"'), r"dims\.n.*a tensor has .shape\[i\]"),
@@ -148,6 +149,7 @@ def test_ordinary_cuda_code_is_accepted(line: str) -> None:
         ("namespace fs = std::filesystem;", "", "'filesystem' is not allowed"),
         ('extern "C" int open_door(int);', "", "declared but not defined"),
         ("", "write(1, a, 2);", "'write' is not allowed"),
+        ("", "\n#pragma omp parallel num_threads(4)\n{}", "num_threads is not allowed"),
         ('#pragma GCC optimize("fast-math")', "", "#pragma GCC optimize"),
     ],
 )

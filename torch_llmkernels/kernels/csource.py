@@ -166,6 +166,8 @@ def _check_directive(token: Token, word: str, body: str, target: str, first_line
         raise KernelSourceError(f"line {token.line}: '#{word}' is not allowed (one of #{', #'.join(_DIRECTIVES)})")
     if word == "pragma":
         text = body.splitlines()[token.line - first_line].partition("#")[2].strip().removeprefix("pragma").strip()
+        if "num_threads" in text:
+            raise KernelSourceError(f"line {token.line}: num_threads is not allowed; torch.set_num_threads decides")
         if not any(re.match(allowed, text) for allowed in PRAGMAS[target]):
             names = ", ".join(p.replace(r"\b", "").replace(r"\s+", " ") for p in PRAGMAS[target])
             raise KernelSourceError(f"line {token.line}: #pragma {text} is not allowed on {target} (one of: {names})")

@@ -9,11 +9,12 @@ thread-safe without a lock: the driver copies the arguments before a launch retu
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.errors import LaunchError, NotApplicable, ToolchainMissing
@@ -65,19 +66,39 @@ def _call(what: str, result: Sequence[Any]) -> Any:
     return result[1] if len(result) > 1 else None
 
 
+@contextlib.contextmanager
+def _relaxed_capture() -> Iterator[None]:
+    """Let this thread load modules although a stream of it is being captured: loading is no part of the graph."""
+    driver = _driver()
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    previous = _call("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode(relaxed))
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(previous)
+
+
+def _current_context(index: int) -> Any:
+    """Torch's context on the current device, made if it is not there yet."""
+    import torch
+
+    context = _call("cuCtxGetCurrent", _driver().cuCtxGetCurrent())
+    if int(context):
+        return context
+    torch.empty(1, device=f"cuda:{index}")
+    return _call("cuCtxGetCurrent", _driver().cuCtxGetCurrent())
+
+
 class _Device:
     """A module loaded on one device."""
 
     def __init__(self, code: bytes, kernel: Kernel, index: int) -> None:
         import torch
 
-        driver = _driver()
-        with torch.cuda.device(index):
-            torch.cuda.current_stream().synchronize()  # makes torch's context current here
-            torch.empty(1, device=f"cuda:{index}")
-            self.context = _call("cuCtxGetCurrent", driver.cuCtxGetCurrent())
-            loaded = driver.cuModuleLoadData(code)
-            if loaded[0] == driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU:
+        with torch.cuda.device(index), _relaxed_capture():
+            self.context = _current_context(index)
+            loaded = _driver().cuModuleLoadData(code)
+            if loaded[0] == _driver().CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU:
                 raise NotApplicable(f"{kernel.name}: compiled for another architecture than that of cuda:{index}")
             self.module = _call(f"{kernel.name}: loading the cubin", loaded)
             self.functions = {name: self._function(name) for name in dict.fromkeys(s.kernel for s in kernel.launches)}

@@ -189,16 +189,22 @@ def cuda_facts(index: int) -> DeviceFacts:
 
 
 def _attribute(index: int, name: str) -> int:
-    from cuda.bindings import driver
-
+    driver = _driver()
     driver.cuInit(0)
     # the driver orders devices as torch does: both follow CUDA_VISIBLE_DEVICES
     status, value = driver.cuDeviceGetAttribute(getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), index)
     return value if status == driver.CUresult.CUDA_SUCCESS else 1024
 
 
-def _driver_version() -> str:
-    from cuda.bindings import driver
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise ToolchainMissing(f"cuda-bindings cannot be imported ({error}); pip install 'torch-llmkernels[cuda]'") from None
+    return driver
 
+
+def _driver_version() -> str:
+    driver = _driver()
     status, version = driver.cuDriverGetVersion()
     return f"{version // 1000}.{version % 1000 // 10}" if status == driver.CUresult.CUDA_SUCCESS else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ TARGETS = ("cuda", "cpu")
 SWIZZLES = ("none", "32", "64", "128")
 L2_PROMOTIONS = ("none", "64", "128", "256")
 OOB_FILLS = ("zero", "nan")
+MAX_COMBINATIONS = 4096
 WORKSPACE_DTYPES = (*ITEMSIZE, "T", "ACC")
 
 _DIM = re.compile(r"[a-z_][a-z0-9_]*\Z")
@@ -240,6 +242,11 @@ def _tune(table: Mapping[str, Any]) -> tuple[tuple[str, tuple[int, ...]], ...]:
         ints = isinstance(choices, list) and all(isinstance(c, int) and not isinstance(c, bool) for c in choices)
         if not ints or not choices or len(set(choices)) != len(choices):
             raise KernelSourceError(f"header: tune.{name} must be a list of different ints, not {choices!r}")
+    combinations = math.prod(len(choices) for choices in values.values())
+    if combinations > MAX_COMBINATIONS:
+        raise KernelSourceError(
+            f"header: 'tune' has {combinations} combinations; at most {MAX_COMBINATIONS} are tried, drop values"
+        )
     return tuple((name, tuple(choices)) for name, choices in values.items())
 
 
