@@ -18,6 +18,7 @@ import pytest
 
 from tests import tasks
 from tests.records import decision_for, key_for, record_for
+from torch_llmkernels.cache import disk
 from torch_llmkernels.cache import store as store_module
 from torch_llmkernels.cache.store import NullStore, Store, open_store
 from torch_llmkernels.errors import StoreError
@@ -130,6 +131,17 @@ def test_damaged_database_is_moved_aside_and_replaced(store: Store, damage: str,
     assert again.get("k1") == b"new"
     assert "damaged" in caplog.text
     assert list(store.directory.glob("cache.db.damaged-*")), "the old database is kept"
+
+
+def test_a_busy_database_is_not_taken_for_a_damaged_one(store: Store, monkeypatch) -> None:
+    store.put("a", b"value")
+    monkeypatch.setattr(disk, "_BUSY_SECONDS", 0.0)
+    with sqlite3.connect(store.directory / "cache.db", isolation_level=None) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreError, match="locked"):
+            disk.replace_damaged(store.directory)
+        connection.execute("ROLLBACK")
+    assert Store(store.directory).get("a") == b"value"
 
 
 def test_directory_is_made_private(tmp_path: Path) -> None:

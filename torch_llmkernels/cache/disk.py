@@ -13,6 +13,7 @@ import os
 import re
 import sqlite3
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,18 @@ def open_database(directory: Path) -> diskcache.Cache:
 
 
 def _open(directory: Path) -> diskcache.Cache:
+    """Open the database, again while others write: some statements of diskcache's own set-up do not wait for them."""
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            return _open_now(directory)
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _open_now(directory: Path) -> diskcache.Cache:
     return diskcache.Cache(
         str(directory), timeout=_BUSY_SECONDS, disk=BytesDisk, eviction_policy="none", cull_limit=0, statistics=0, tag_index=0,
         # home directories are often on NFS, where a write-ahead log and a memory map do not work between machines
@@ -173,8 +186,10 @@ def replace_damaged(directory: Path) -> diskcache.Cache:
 
 def _is_sound(directory: Path) -> bool:
     try:
-        with sqlite3.connect(directory / DATABASE) as connection:
+        with contextlib.closing(sqlite3.connect(directory / DATABASE, timeout=_BUSY_SECONDS)) as connection:
             return connection.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    except sqlite3.OperationalError:
+        raise  # busy or unreadable is not damage, and must not move a good database aside
     except sqlite3.DatabaseError:
         return False
 
