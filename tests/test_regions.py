@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import zoo
 from graphs import capture
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
 
@@ -227,6 +229,23 @@ def test_attention_with_dropout_is_left_alone() -> None:
     found, skipped = find_regions(gm.graph)
     assert not found
     assert skipped[0].reason == "dropout_p is 0.1, not 0.0"
+
+
+def cuda_attention(fn: Callable[[Tensor], Any]) -> fx.GraphModule:
+    """The graph of `fn` on a half-precision CUDA tensor; nothing runs, so no device is needed."""
+    with FakeTensorMode():
+        q = torch.empty(2, 2, 8, 16, device="cuda", dtype=torch.half)
+        return make_fx(fn, decomposition_table={})(q)
+
+
+def test_cuda_attention_is_a_region_only_where_its_random_state_is_not_read() -> None:
+    sdpa = torch.ops.aten
+    efficient = only(cuda_attention(lambda q: sdpa._scaled_dot_product_efficient_attention(q, q, q, None, False)[0]))
+    flash = only(cuda_attention(lambda q: sdpa._scaled_dot_product_flash_attention(q, q, q, 0.0, True)[:2]))
+    assert (roles(efficient), roles(flash)) == ((["q", "k", "v"], ["y"]), (["q", "k", "v"], ["y", "logsumexp"]))
+    found, skipped = find_regions(cuda_attention(lambda q: sdpa._scaled_dot_product_flash_attention(q, q, q)[:7:6]).graph)
+    assert found == []
+    assert skipped[0].reason == "its random state is read"
 
 
 def test_has_anchor_is_false_where_nothing_could_start_a_region() -> None:

@@ -151,9 +151,10 @@ def _match_call(call: Call, node: fx.Node, chain: str, views: tuple[fx.Node, ...
         found = getitems(node)
         if len(found) != len(node.users):
             return "its results are read as one tuple"
-        if any(i in found and found[i].users for i in call.unused):
-            return "its random state is read (training with dropout or a flash backward)"
-        if 0 not in found and not any(found):
+        found = {i: n for i, n in found.items() if n.users}  # dead ones are no part of the computation
+        if any(i in found for i in call.unused):
+            return "its random state is read"
+        if not found:
             return "nothing reads it"
         tail = [found[i] for i in sorted(found)]
         result = found.get(0, tail[0])

@@ -90,7 +90,6 @@ class Pattern:
         after: Optional stages below the anchor, nearest first.
         result: Role of the chain's last value.
         entry: Role of the chain's first value.
-        minimum: Calls (views aside) below which a match is not worth a kernel.
     """
 
     anchor: Call | Tree
@@ -98,7 +97,6 @@ class Pattern:
     after: tuple[Stage, ...] = ()
     result: str = "y"
     entry: str = "x"
-    minimum: int = 1
 
 
 VIEWS = (

@@ -118,7 +118,7 @@ def _candidates(graph: fx.Graph, backward: Collection[fx.Node]) -> tuple[list[Ma
             if isinstance(result, str):
                 reasons += [result] if isinstance(pattern.anchor, Call) else []
             else:
-                here += [m for m in result if m.calls >= pattern.minimum]
+                here += result
         found += here
         if reasons and not here:
             skipped.append(Skipped(op_name(node), node.name, reasons[0]))

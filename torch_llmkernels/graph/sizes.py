@@ -83,9 +83,14 @@ class Sizes:
         held: dict[sympy.Expr, fx.Node] = {}
         for node in graph.nodes if self._names else ():
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt):
-                held.setdefault(value.node.expr, node)
+            if isinstance(value, torch.SymInt) and value.node.expr not in held and _is_from_placeholders(node):
+                held[value.node.expr] = node
         return tuple(held.get(self._meaning(s)) for s in self._names)
+
+
+def _is_from_placeholders(node: fx.Node) -> bool:
+    """Whether a size is known before anything is computed: one read off a tensor of the region would close a cycle."""
+    return node.op == "placeholder" or (bool(node.all_input_nodes) and all(map(_is_from_placeholders, node.all_input_nodes)))
 
 
 def _known_values(shape_env: Any) -> dict[sympy.Symbol, Any]:

@@ -148,7 +148,7 @@ class _Program:
 
     def _size(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
-            value = value.meta["val"]
+            value = value.meta.get("val", value)
         if isinstance(value, torch.SymInt):
             dim = self._sizes.dim(value)
             return dim if isinstance(dim, int) else {"s": dim}
