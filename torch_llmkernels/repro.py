@@ -90,7 +90,7 @@ def script(subject: Subject) -> str:
         file=subject.file_name,
         program=python_source(task).strip().replace("import torch\nimport torch.nn.functional as F\n", "", 1).strip(),
         function=task.signature.replace(".", "_"),
-        task=_literal(json.dumps(task.to_json(), indent=1)),
+        task=_literal(json.dumps(task.to_json())),
         name=subject.kernel_name,
         text=_literal(subject.kernel_text),
         constants=None if subject.constants is None else dict(subject.constants),

@@ -1,0 +1,275 @@
+"""What the benchmarks share: the header of a result file, timing in turns, errors against float64, tables.
+
+Results go to `benchmarks/results/<device kind>/<name>.json` and are written after every row, so that a run that is cut short
+keeps what it has. Every file names the device, the versions, the flags and the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from torch_llmkernels import registry
+from torch_llmkernels.cache.library import write_atomically
+from torch_llmkernels.kernels.targets import target_for
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "triton", "torchvision", "timm", "transformers", "cuda-bindings", "nvidia-cudnn-cu13", "torch-llmkernels")
+MOST_ERROR = 1.1
+"""A result is accurate if its error is at most this multiple of eager's, or a few roundings of its dtype."""
+
+console = Console(width=170)
+
+
+def arguments(doc: str, name: str) -> argparse.ArgumentParser:
+    """The options every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, help=f"the result file (default: benchmarks/results/<device kind>/{name}.json)")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="start no further row after this many seconds")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the result file and measure the others")
+    return parser
+
+
+def header(device: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to repeat a measurement."""
+    facts = target_for(device).facts()
+    return {
+        "device": facts.name,
+        "device_kind": facts.kind,
+        "driver": facts.driver,
+        "cores": facts.sms,
+        "host": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES if version(name)},
+        "cuda": torch.version.cuda or "",
+        "cudnn": str(torch.backends.cudnn.version() or ""),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "flags": dict(flags),
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or an empty string."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """The commit that is measured (`$GIT_COMMIT` where there is no repository), with `+` if files differ from it."""
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
+    try:
+        git = ["git", "-C", str(ROOT)]
+        name = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return name + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class Results:
+    """A result file that is complete after every row.
+
+    Args:
+        name: Of the benchmark: `operators`.
+        args: Of `arguments`; `out`, `resume` and the device are read, all are kept as flags.
+        key: The fields that name a row.
+    """
+
+    def __init__(self, name: str, args: argparse.Namespace, key: Sequence[str]) -> None:
+        flags = {k: str(v) for k, v in vars(args).items() if v not in (None, False)}
+        self.header = {"benchmark": name, **header(args.device, flags)}
+        self.path: Path = args.out or RESULTS / self.header["device_kind"] / f"{name}.json"
+        self.key = tuple(key)
+        self.rows: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self._deadline = time.monotonic() + args.budget_s
+        if args.resume and self.path.exists():
+            self.rows = json.loads(self.path.read_text())["rows"]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add or replace a row and write the file."""
+        self.rows = [r for r in self.rows if self._name(r) != self._name(row)] + [row]
+        self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        write_atomically(self.path, json.dumps({**self.header, "summary": self.summary, "rows": self.rows}, indent=1) + "\n")
+
+    def wanted(self, **names: Any) -> bool:
+        """Whether a row is still to be measured, and there is time for it."""
+        if time.monotonic() > self._deadline:
+            return False
+        return all(self._name(r) != tuple(names[k] for k in self.key) for r in self.rows)
+
+    def _name(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[k] for k in self.key)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; the first column is aligned left, the others right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row))
+    console.print(table)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: four significant digits, a dash for nothing."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def geomean(values: Iterable[float]) -> float | None:
+    """The geometric mean of positive numbers; None of none."""
+    logs = [math.log(v) for v in values]
+    return math.exp(statistics.fmean(logs)) if logs else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contender.
+
+    Attributes:
+        ms: Median per call.
+        spread: Interquartile range over the median.
+        samples: All of them, in the order they were taken.
+    """
+
+    ms: float
+    spread: float
+    samples: tuple[float, ...]
+
+
+def in_turns(calls: Mapping[str, Sequence[Callable[[], Any]]], device: str, quick: bool = False) -> dict[str, Timing]:
+    """Time contenders in turns, each over several data sets, as the evaluation of kernels does.
+
+    On CUDA a sample is one replay of a graph of all the contender's calls, with the L2 cache flushed before it.
+
+    Args:
+        calls: For each contender, one warm callable per data set.
+        device: `cuda` or `cpu`.
+        quick: Nine samples, where otherwise there is about a second of them.
+    """
+    from torch_llmkernels.evaluate import timing
+
+    facts = target_for(device).facts()
+    if device == "cuda":
+        flush = torch.empty(timing.L2_MULTIPLE * facts.l2_bytes, dtype=torch.uint8, device="cuda")
+        subjects = [timing._CudaSubject(name, list(each), flush) for name, each in calls.items()]
+    else:
+        subjects = [timing._Subject(name, list(each)) for name, each in calls.items()]
+    for subject in subjects:
+        subject.sample()
+        subject.samples.clear()
+    while not all(len(s.samples) >= 9 if quick else s.enough for s in subjects):
+        for subject in subjects:
+            subject.sample()
+    return {s.name: Timing(s.median, s.spread, tuple(s.samples)) for s in subjects}
+
+
+def sets_needed(inputs: Sequence[torch.Tensor], device: str) -> int:
+    """How many data sets keep inputs out of the L2 cache between two of their uses."""
+    size = sum(t.nbytes for t in inputs) or 1
+    wanted = math.ceil(2 * target_for(device).facts().l2_bytes / size) + 1 if device == "cuda" else 2
+    return max(2, min(wanted, 64, (4 << 30) // size))
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32 in products and convolutions, by the flags that most programs set."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def leaves(output: Any) -> list[torch.Tensor]:
+    """Every floating tensor of an output."""
+    found = torch.utils._pytree.tree_leaves(output)
+    return [t.detach() for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def error(output: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
+    """Relative Frobenius error of all outputs together; infinite for other shapes, or NaN where the reference has none."""
+    if [t.shape for t in output] != [t.shape for t in reference]:
+        return math.inf
+    off = size = 0.0
+    for got, want in zip(output, reference, strict=True):
+        got, want = got.double(), want.double()
+        if not torch.equal(got.isnan(), want.isnan()):
+            return math.inf
+        finite = want.isfinite() & got.isfinite()
+        off += float((got - want)[finite].square().sum())
+        size += float(want[finite].square().sum())
+    return math.sqrt(off / size) if size else math.sqrt(off)
+
+
+def is_accurate(found: float, eager: float, dtype: torch.dtype, factor: float = MOST_ERROR) -> bool:
+    """Whether an error against float64 is no larger than eager's times `factor`, or below four roundings of the dtype."""
+    return found <= max(factor * eager, 4 * torch.finfo(dtype).eps)
+
+
+def double(module: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, list[Any]]:
+    """A copy of the module and its inputs in float64."""
+    wide = [v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in inputs]
+    wide = [
+        w.requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) and w.is_floating_point() else w
+        for v, w in zip(inputs, wide, strict=True)
+    ]
+    return copy.deepcopy(module).double(), wide
+
+
+def swapped_since(mark: int) -> list[str]:
+    """`signature: kernel` of every region that was swapped in since `len(registry.report())` was `mark`."""
+    regions = (region for graph in registry.report()[mark:] for region in graph.regions)
+    return [f"{region.signature}: {region.kernel}" for region in regions if region.swapped]
+
+
+def reasons_since(mark: int) -> list[str]:
+    """`signature: reason` of every region that stayed with Inductor since then."""
+    regions = (region for graph in registry.report()[mark:] for region in graph.regions)
+    return list(dict.fromkeys(f"{region.signature}: {region.reason}" for region in regions if not region.swapped))
+
+
+def one_line(problem: BaseException) -> str:
+    """An error as one line of a table."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:200]

@@ -1,0 +1,195 @@
+"""Operators: eager, Inductor, Inductor with max-autotune, and llmkernels, against the roofline floor and float64.
+
+Every contender is the same module, called through `torch.compile` as a user calls it, in one process and in turns; CUDA samples
+are graph replays over inputs that rotate out of a flushed L2 cache. float32 problems with products are measured twice: strict,
+and with TF32 allowed.
+
+    python benchmarks/operators.py [--problems a,b] [--quick] [--contenders eager,inductor,ours] [--out FILE] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import common
+import torch
+from problems import CPU, PROBLEMS, SEED, WIDER, Problem
+from torch import nn
+
+from torch_llmkernels import registry, settings
+from torch_llmkernels.capture import capture
+from torch_llmkernels.evaluate.roofline import floor, measure_ceilings
+from torch_llmkernels.kernels.targets import target_for
+
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "inductor": {"backend": "inductor"},
+    "max_autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
+    "ours": {"backend": "llmkernels"},
+}
+PRODUCTS = ("matmul", "conv", "linear", "attention")
+
+
+def tiers(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems, those whose products may use TF32 once more with it allowed."""
+    both = []
+    for problem in problems:
+        both.append(problem)
+        if problem.dtype is torch.float32 and any(word in problem.name for word in PRODUCTS):
+            both.append(dataclasses.replace(problem, tf32=True))
+    return both
+
+
+def tier(problem: Problem) -> str:
+    """`strict`, `tf32` or the half-precision dtype."""
+    return "tf32" if problem.tf32 else "strict" if problem.dtype is torch.float32 else str(problem.dtype).removeprefix("torch.")
+
+
+def step(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], training: bool, module: nn.Module
+) -> Callable[[], list[torch.Tensor]]:
+    """One call; with `training` also the gradients of inputs and parameters for a gradient of ones."""
+    if not training:
+        return lambda: common.leaves(function(*inputs))
+    wanted = [*inputs, *module.parameters()]
+
+    def both() -> list[torch.Tensor]:
+        output = function(*inputs)
+        return [output.detach(), *torch.autograd.grad(output, wanted, torch.ones_like(output))]
+
+    return both
+
+
+def measure(problem: Problem, names: Sequence[str], device: str, quick: bool) -> dict[str, Any]:
+    """The row of one problem."""
+    row: dict[str, Any] = {"problem": problem.name, "tier": tier(problem), "contenders": {}}
+    torch._dynamo.reset()
+    with common.tf32(problem.tf32), torch.set_grad_enabled(problem.training):
+        module, inputs = problem.make(device)
+        wide, wide_inputs = common.double(module, inputs)
+        reference = step(wide, wide_inputs, problem.training, wide)()
+        del wide, wide_inputs
+        sets = [inputs] + [problem.make(device, seed)[1] for seed in range(1, common.sets_needed(inputs, device))]
+        steps: dict[str, list[Callable[[], Any]]] = {}
+        for name in names:
+            row["contenders"][name] = entry = {}
+            try:
+                function, entry["compile_s"], entry["swapped"] = ready(module, name, inputs, problem.training)
+                steps[name] = [step(function, each, problem.training, module) for each in sets]
+                entry["error"] = common.error(steps[name][0](), reference)
+            except Exception as problem_of_one:  # a contender that fails is a row of the table, not the end of it
+                entry["failed"] = common.one_line(problem_of_one)
+                steps.pop(name, None)
+        del reference
+        for name, timing in common.in_turns(steps, device, quick).items():
+            row["contenders"][name] |= {"ms": timing.ms, "spread": timing.spread}
+        row["floor_ms"] = floor_ms(module, inputs, problem.training, device)
+    return row | judged(row, problem)
+
+
+def ready(
+    module: nn.Module, name: str, inputs: Sequence[torch.Tensor], training: bool
+) -> tuple[Callable[..., Any], float, list[str]]:
+    """The compiled module, the seconds of its first call (verification of kernels included), and what was swapped in."""
+    options = CONTENDERS[name]
+    function = torch.compile(module, **options) if options else module
+    mark, begin = len(registry.report()), time.perf_counter()
+    step(function, inputs, training, module)()
+    return function, time.perf_counter() - begin, common.swapped_since(mark)
+
+
+def floor_ms(module: nn.Module, inputs: Sequence[torch.Tensor], training: bool, device: str) -> float | None:
+    """The roofline floors of the problem's regions, added up; None if it has none."""
+    facts, ceilings = target_for(device).facts(), measure_ceilings(device)
+    floors = [floor(region.task, facts, ceilings).ms for region in capture(module, inputs, training=training)]
+    return sum(floors) or None
+
+
+def judged(row: dict[str, Any], problem: Problem) -> dict[str, Any]:
+    """The speedup over the best other contender, over eager, and whether the result is accurate."""
+    times = {name: entry["ms"] for name, entry in row["contenders"].items() if "ms" in entry}
+    others = {name: ms for name, ms in times.items() if name != "ours"}
+    if "ours" not in times or not others:
+        return {"best_baseline": None, "speedup": None, "speedup_eager": None, "accurate": None}
+    best = min(others, key=lambda name: others[name])
+    errors = {name: row["contenders"][name]["error"] for name in times}
+    return {
+        "best_baseline": best,
+        "speedup": others[best] / times["ours"],
+        "speedup_eager": others["eager"] / times["ours"] if "eager" in others else None,
+        "accurate": common.is_accurate(errors["ours"], errors.get("eager", 0.0), problem.dtype),
+    }
+
+
+def show(results: common.Results) -> None:
+    """The table, and the geometric mean over the problems with a swap."""
+
+    def of(row: dict[str, Any], name: str, field: str) -> Any:
+        return row["contenders"].get(name, {}).get(field)
+
+    rows = []
+    for row in results.rows:
+        kernels = ", ".join(s.split(": ")[1] for s in of(row, "ours", "swapped") or []) or "no swap"
+        times = [of(row, name, "ms") for name in CONTENDERS]
+        errors = [of(row, name, "error") for name in ("eager", "ours")]
+        verdict = {True: "yes", False: "NO", None: "-"}[row["accurate"]]
+        rows.append([f"{row['problem']} ({row['tier']})", *times, row["floor_ms"], row["speedup"], *errors, verdict, kernels])
+    columns = [
+        "problem (tier)",
+        *(f"{name} ms" for name in CONTENDERS),
+        "floor ms",
+        "speedup",
+        "eager error",
+        "our error",
+        "accurate",
+        "kernel",
+    ]
+    common.print_table(f"Operators on {results.header['device']}, commit {results.header['commit']}", columns, rows)
+    won = [row["speedup"] for row in results.rows if row["speedup"] and of(row, "ours", "swapped")]
+    results.summary = {"geomean_speedup": common.geomean(won), "swapped": len(won), "problems": len(results.rows)}
+    results.write()
+    mean = common.cell(results.summary["geomean_speedup"])
+    common.console.print(f"{len(won)} of {len(results.rows)} have a swap; their geometric mean over the best baseline: {mean}")
+    common.console.print(f"written to {results.path}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = common.arguments(__doc__, "operators")
+    parser.add_argument("--problems", help=f"names, comma separated (default: those of the device); known: {', '.join(PROBLEMS)}")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which, comma separated")
+    args = parser.parse_args(argv)
+    results = common.Results("operators", args, key=("problem", "tier"))
+    names = args.contenders.split(",")
+    with settings.override(verify_budget_s=600.0):
+        for problem in tiers(chosen(args)):
+            if args.device == "cpu" and problem.tf32:
+                continue
+            if results.wanted(problem=problem.name, tier=tier(problem)):
+                common.console.print(f"{problem.name} ({tier(problem)}) ...")
+                results.add(measure(problem, names, args.device, args.quick))
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+    show(results)
+
+
+def chosen(args: argparse.Namespace) -> list[Problem]:
+    """The problems that the command line names.
+
+    Raises:
+        SystemExit: for an unknown name.
+    """
+    if not args.problems:
+        return list(CPU if args.device == "cpu" else (*SEED, *WIDER))
+    unknown = [name for name in args.problems.split(",") if name not in PROBLEMS]
+    if unknown:
+        raise SystemExit(f"unknown problems {', '.join(unknown)}; known: {', '.join(PROBLEMS)}")
+    return [PROBLEMS[name] for name in args.problems.split(",")]
+
+
+if __name__ == "__main__":
+    main()
