@@ -10,15 +10,7 @@ from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from torch_llmkernels.graph.patterns import pattern_ops
-
-
-def table() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions without those of the composites that regions are made of."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    kept = pattern_ops()
-    return {op: fn for op, fn in select_decomp_table().items() if str(op) not in kept}
+from torch_llmkernels.graph.decompose import decomp_table
 
 
 def capture(fn: Callable[..., Any], *inputs: Any, training: bool = False, dynamic: bool | None = False) -> fx.GraphModule:
@@ -39,7 +31,7 @@ def capture(fn: Callable[..., Any], *inputs: Any, training: bool = False, dynami
 
     backend = aot_autograd(
         fw_compiler=lambda gm, _: gm.forward, bw_compiler=lambda gm, _: gm.forward, inference_compiler=forward_only,
-        partition_fn=partition, decompositions=table(), keep_inference_input_mutations=True,
+        partition_fn=partition, decompositions=decomp_table(), keep_inference_input_mutations=True,
     )  # fmt: skip
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):
