@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._functorch import config as functorch_config
 from torch._inductor import config
 
 from torch_llmkernels import backend, plan, registry
@@ -78,7 +79,8 @@ def swapping(store: Path, resolve: Callable = swap_all) -> Iterator[Kernels]:
         mock.patch.object(op, "_slots", {}),
         mock.patch.object(plan, "_fuel_used", 0),
         mock.patch.dict("os.environ", {"LLMKERNELS_CACHE_DIR": str(store)}),
-        config.patch(force_disable_caches=True),
+        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False),
     ):
         yield kernels
     torch._dynamo.reset()

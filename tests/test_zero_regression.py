@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import zoo
+from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 
@@ -38,8 +39,8 @@ def sources_only() -> Iterator[list[str]]:
 
     with (
         mock.patch.object(GraphLowering, "compile_to_module", collect),
-        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
-        config.patch(force_disable_caches=True),
+        functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
+        config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
     ):
         yield codes
 

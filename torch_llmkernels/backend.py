@@ -303,7 +303,8 @@ def _promised_dynamic() -> bool:
     """Whether the user marked a dimension of this graph's inputs as dynamic: fixing its size would then be an error."""
     context = torch._guards.TracingContext.try_get()
     contexts = context.tensor_to_context.values() if context else ()
-    return any(c is not None for symbolic in contexts for c in getattr(symbolic, "constraint_sizes", None) or ())
+    promises = [c for symbolic in contexts for c in getattr(symbolic, "constraint_sizes", None) or () if c is not None]
+    return any(not promise.warn_only for promise in promises)  # the others are Dynamo's own guesses
 
 
 def _give_up(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, error: Exception) -> Any:
