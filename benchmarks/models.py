@@ -1,0 +1,289 @@
+"""Models end to end: eager, Inductor, reduce-overhead, max-autotune, and llmkernels in the same modes.
+
+The columns are those of PyTorch's own dynamo benchmarks: speedup over eager, abs_latency (ms), compilation_latency (s), peak
+memory, accuracy; and the paired ratio of Inductor to llmkernels in the same mode, which is what a user gains by switching.
+Compilation is measured cold, with the kernels already verified; verification, paid once per device, is a column of its own.
+
+    python benchmarks/models.py [--models a,b] [--small] [--precisions fp32,half] [--max-autotune] [--precompile] [--resume]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import common
+import torch
+from model_zoo import LARGE, ModelCase, small
+from torch import nn
+
+from torch_llmkernels import registry, settings
+from torch_llmkernels.backend import resolve
+from torch_llmkernels.capture import Call, capture_graphs
+from torch_llmkernels.precompile.run import precompile
+from torch_llmkernels.precompile.whole_graph import Paired, loss_of, samples_ms, step_of
+
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "inductor": {"backend": "inductor"},
+    "ours": {"backend": "llmkernels"},
+    "inductor reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
+    "ours reduce-overhead": {"backend": "llmkernels", "mode": "reduce-overhead"},
+    "inductor max-autotune": {"backend": "inductor", "mode": "max-autotune"},
+    "ours max-autotune": {"backend": "llmkernels", "mode": "max-autotune"},
+}
+WHOLE_MODEL_ERROR = 2.0
+"""A model is accurate if its error is at most this multiple of eager's: rounding that differs in early layers is amplified."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One row: a model at a batch size and a precision, for inference or a training step."""
+
+    case: ModelCase
+    batch: int
+    precision: str
+    training: bool
+
+    @property
+    def name(self) -> dict[str, Any]:
+        """The fields that name the row."""
+        return {
+            "model": self.case.name,
+            "batch": self.batch,
+            "precision": self.precision,
+            "phase": "train" if self.training else "infer",
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of floating inputs."""
+        return torch.float32 if self.precision == "fp32" else self.case.half
+
+    def make(self, device: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+        """The module and its inputs."""
+        torch.manual_seed(0)
+        dtype = self.dtype
+        module = self.case.make().to(device, dtype).train(self.training)
+        inputs = tuple(t.to(device, dtype if t.is_floating_point() else t.dtype) for t in self.case.inputs(self.batch))
+        if self.case.images and self.precision != "fp32":
+            module = module.to(memory_format=torch.channels_last)
+            inputs = tuple(t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in inputs)
+        return module, inputs
+
+
+def plan(cases: Sequence[ModelCase], precisions: Sequence[str]) -> Iterator[Setting]:
+    """Every row: inference at both batch sizes, then the training step, for each precision."""
+    for case in cases:
+        for precision in precisions:
+            for batch in case.batches:
+                yield Setting(case, batch, precision, training=False)
+            if case.training:
+                yield Setting(case, case.batches[1], precision, training=True)
+
+
+def measure(setting: Setting, modes: Sequence[str], device: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    row: dict[str, Any] = {**setting.name, "family": setting.case.family, "modes": {}}
+    try:
+        module, inputs = setting.make(device)
+    except Exception as problem:  # a package may fail to import in any way; the row says which
+        return row | {"skipped": common.one_line(problem)}
+    torch._dynamo.reset()
+    call = Call(inputs)
+    row["verify_s"] = verify(module, call, setting.training, args)
+    with torch.set_grad_enabled(setting.training), torch._dynamo.config.patch(recompile_limit=64):
+        reference = wide_results(module, inputs, setting.training)
+        steps: dict[str, Callable[[], Any]] = {}
+        for mode in modes:
+            row["modes"][mode] = entry = {}
+            try:
+                steps[mode] = ready(entry, mode, module, call, setting.training, reference, device)
+            except Exception as problem:  # a mode that fails is an entry of the row
+                entry["failed"] = common.one_line(problem)
+        samples = samples_ms(steps, device, rounds=7 if args.quick else 25, max_s=10.0 if args.quick else 30.0)
+        del reference
+    return row | judged(row, samples, setting.dtype)
+
+
+def verify(module: nn.Module, call: Call, training: bool, args: argparse.Namespace) -> float:
+    """Decide every region beforehand; the seconds it took. With `--precompile` the whole graph is measured too."""
+    begin = time.perf_counter()
+    if args.precompile:
+        precompile(module, call.args, training=training, budget=args.verify_s, progress=False)
+    else:
+        graphs = capture_graphs(module, [call], training=training)
+        resolve(
+            [task for graph in graphs for task in graph.tasks], settings.current().updated({"verify_budget_s": args.verify_s})
+        )
+    return time.perf_counter() - begin
+
+
+def ready(
+    entry: dict[str, Any], mode: str, module: nn.Module, call: Call, training: bool, reference: list[torch.Tensor], device: str
+) -> Callable[[], Any]:
+    """Compile one mode cold, fill in its entry, and return its step."""
+    from torch._inductor.utils import fresh_cache
+
+    compiled = torch.compile(module, **MODES[mode]) if MODES[mode] else module
+    mark, begin = len(registry.report()), time.perf_counter()
+    with fresh_cache():
+        found = results(compiled, module, call.args, training)
+        entry["compilation_latency"] = time.perf_counter() - begin
+    entry["error"] = common.error(found, reference)
+    entry["swapped"], entry["kept"] = common.swapped_since(mark), common.reasons_since(mark)
+    del found
+    step = step_of(compiled, module, [call], training)
+    for _ in range(3):  # CUDA graphs: warm up, then record
+        step()
+    entry["peak_memory"] = peak_memory(step, device)
+    return step
+
+
+def results(
+    compiled: Callable[..., Any], module: nn.Module, inputs: Sequence[torch.Tensor], training: bool
+) -> list[torch.Tensor]:
+    """The outputs of one call, and with `training` every parameter's gradient; copies, since CUDA graphs reuse their outputs."""
+    output = compiled(*inputs)
+    found = [t.clone() for t in common.leaves(output)]
+    if training:
+        loss_of(output).backward()
+        found += [p.grad.detach().clone() for p in module.parameters() if p.grad is not None]
+        module.zero_grad(set_to_none=True)
+    return found
+
+
+def wide_results(module: nn.Module, inputs: Sequence[torch.Tensor], training: bool) -> list[torch.Tensor]:
+    """The same in float64."""
+    wide, wide_inputs = common.double(module, inputs)
+    return results(wide, wide, wide_inputs, training)
+
+
+def peak_memory(step: Callable[[], Any], device: str) -> int | None:
+    """Bytes at the peak of one step; None on the CPU, where torch does not count them."""
+    if device != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def judged(row: dict[str, Any], samples: dict[str, list[float]], dtype: torch.dtype) -> dict[str, Any]:
+    """Latencies, speedups, accuracy, and what switching from Inductor gains in each mode."""
+    for mode, times in samples.items():
+        entry = row["modes"][mode]
+        entry["abs_latency"] = statistics.median(times)
+        if "eager" in samples:
+            entry["speedup"] = statistics.median(samples["eager"]) / entry["abs_latency"]
+            entry["accurate"] = common.is_accurate(entry["error"], row["modes"]["eager"]["error"], dtype, WHOLE_MODEL_ERROR)
+    gains: dict[str, Any] = {}
+    for mode in [m for m in samples if m.startswith("ours") and m.replace("ours", "inductor", 1) in samples]:
+        paired = Paired.of(samples[mode.replace("ours", "inductor", 1)], samples[mode])
+        gains[mode] = {"ratio": paired.ratio, "noise": paired.noise}
+    swaps = sum(len(entry.get("swapped", ())) for mode, entry in row["modes"].items() if mode == "ours")
+    return {"gain": gains, "swaps": swaps}
+
+
+def show(results: common.Results) -> None:
+    """The table, the geometric mean over rows with swaps, and the worst of them."""
+    rows, listed, modes = [], [], [m for m in MODES if any(m in r["modes"] for r in results.rows)]
+    for row in results.rows:
+        name = f"{row['model']} b{row['batch']} {row['precision']} {row['phase']}"
+        if "skipped" in row:
+            listed.append(f"skipped {name}: {row['skipped']}")
+            continue
+        entry = row["modes"]
+        latencies = [entry.get(m, {}).get("abs_latency") for m in modes]
+        ours = entry.get("ours", {})
+        ratios = [f"{g['ratio']:.3f}±{g['noise']:.3f}" for g in row["gain"].values()] or ["-"]
+        wrong = [m for m in entry if entry[m].get("accurate") is False]
+        listed += [f"{name}, {m}: {entry[m]['failed']}" for m in entry if "failed" in entry[m]]
+        memory = [entry.get(m, {}).get("peak_memory") for m in ("inductor", "ours")]
+        seconds = [entry.get(m, {}).get("compilation_latency") for m in ("inductor", "ours")]
+        rows.append([
+            name, *latencies, ours.get("speedup"), " ".join(ratios), row["swaps"], *seconds, row["verify_s"],
+            *(m / 2**20 if m else None for m in memory), "pass" if not wrong else f"FAIL {', '.join(wrong)}",
+        ])  # fmt: skip
+    columns = [
+        "model",
+        *(f"{m} ms" for m in modes),
+        "speedup",
+        "gain",
+        "swaps",
+        "compile s",
+        "ours s",
+        "verify s",
+        "MiB",
+        "ours MiB",
+        "accuracy",
+    ]
+    common.print_table(f"Models on {results.header['device']}, commit {results.header['commit']}", columns, rows)
+    results.summary = summary(results.rows)
+    results.write()
+    for line in listed:
+        common.console.print(line, markup=False)
+    for mode, mean in results.summary.items():
+        common.console.print(
+            f"{mode}: geometric mean of the gain over Inductor {common.cell(mean['geomean'])} over {mean['models']} rows with "
+            f"swaps; worst {common.cell(mean['worst'])} ({mean['worst_model']}); {mean['unswapped']} rows without a swap are left out",
+            markup=False,
+        )
+    common.console.print(f"written to {results.path}")
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """For each of our modes: the geometric mean of the gain where something was swapped, and the worst row of all."""
+    found = {}
+    for mode in [m for m in MODES if m.startswith("ours")]:
+        gains = [(r["gain"][mode]["ratio"], r) for r in rows if mode in r.get("gain", {})]
+        if not gains:
+            continue
+        swapped = [gain for gain, row in gains if row["modes"][mode]["swapped"]]
+        worst, row = min(gains, key=lambda pair: pair[0])
+        found[mode] = {
+            "geomean": common.geomean(swapped), "models": len(swapped), "unswapped": len(gains) - len(swapped), "worst": worst,
+            "worst_model": f"{row['model']} b{row['batch']} {row['precision']} {row['phase']}",
+        }  # fmt: skip
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = common.arguments(__doc__, "models")
+    parser.add_argument("--models", help="names, comma separated (default: all)")
+    parser.add_argument("--small", action="store_true", help="small versions, for the CPU target")
+    parser.add_argument("--precisions", default="fp32,half", help="fp32, half or both (default: %(default)s)")
+    parser.add_argument("--phases", default="infer,train", help="infer, train or both (default: %(default)s)")
+    parser.add_argument("--modes", default="default,reduce-overhead", help="which pairs, comma separated; also max-autotune")
+    parser.add_argument(
+        "--precompile", action="store_true", help="decide on the whole graph first, as `llmkernels precompile` does"
+    )
+    parser.add_argument("--verify-s", type=float, default=300.0, help="seconds for the verification of one row")
+    args = parser.parse_args(argv)
+    cases = small() if args.small else LARGE
+    wanted = args.models.split(",") if args.models else [case.name for case in cases]
+    if unknown := set(wanted) - {case.name for case in cases}:
+        raise SystemExit(f"unknown models {', '.join(sorted(unknown))}; known: {', '.join(case.name for case in cases)}")
+    modes = [m for m in MODES if m == "eager" or (m.partition(" ")[2] or "default") in args.modes.split(",")]
+    results = common.Results("models_small" if args.small else "models", args, key=("model", "batch", "precision", "phase"))
+    phases = args.phases.split(",")
+    for setting in plan([case for case in cases if case.name in wanted], args.precisions.split(",")):
+        if setting.name["phase"] in phases and results.wanted(**setting.name):
+            common.console.print(" ".join(map(str, setting.name.values())) + " ...")
+            results.add(measure(setting, modes, args.device, args))
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
