@@ -7,7 +7,7 @@ JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up-$(shell printf '%s' '$(TORCH)' | tr -c 'A-Za-z0-9.' '-')
-# one compile thread per test process; a user's own settings and store must not decide what the tests see
+# one thread per test process; what a user has set must not decide what the tests see
 TEST_ENV := env -u LLMKERNELS_CACHE_DIR -u LLMKERNELS_LIBRARY_DIR OMP_NUM_THREADS=1
 
 .PHONY: help setup lint test test-full test-gpu test-llm demo demo-search wheel-test docs clean
