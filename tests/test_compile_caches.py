@@ -1,0 +1,138 @@
+"""torch's compile caches across processes: swaps survive them, and nothing stale or foreign is ever loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+
+
+def compile_and_train(scenario: str) -> dict[str, Any]:
+    """Compile and train a small model in this process; what the caches and the kernels did.
+
+    Args:
+        scenario: `inductor`, or which kernels the library has: `all`, `none`, or `other` (another source for each).
+    """
+    import swapping
+    import torch
+    from torch import nn
+    from torch._dynamo.utils import counters
+
+    from torch_llmkernels import backend
+    from torch_llmkernels.evaluation import Decision
+    from torch_llmkernels.graph import op
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.norm(x), -1)
+
+    def other(tasks, settings):
+        return [Decision(swapping.record_of(task, "another source"), "swapped: it is a test") for task in tasks]
+
+    kernels = swapping.Kernels()
+    op.build_launcher = kernels.build
+    backend.resolve = {"all": swapping.swap_all, "none": swapping.swap_none, "other": other}.get(scenario)
+    traces: list[int] = []
+    discover = backend.discover
+    backend.discover = lambda *args: traces.append(1) or discover(*args)
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(4, 16, requires_grad=True)
+    y = torch.compile(model, backend="inductor" if scenario == "inductor" else backend.llmkernels)(x)
+    y.square().sum().backward()
+    expected = model(x.detach())
+    assert torch.allclose(y, expected, atol=1e-6)
+    aot, inductor = counters["aot_autograd"], counters["inductor"]
+    return {
+        "calls": kernels.calls.total(), "traces": len(traces), "aot_hits": aot["autograd_cache_hit"],
+        "aot_misses": aot["autograd_cache_miss"], "fx_hits": inductor["fxgraph_cache_hit"],
+        "bypassed": aot["autograd_cache_bypass"] + inductor["fxgraph_cache_bypass"],
+    }  # fmt: skip
+
+
+def in_a_process(folder: Path, *scenarios: str) -> tuple[list[dict[str, Any]], str]:
+    """Run scenarios one after another in a fresh process; their results, and what was logged."""
+    env = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1",
+        "LLMKERNELS_CACHE_DIR": str(folder / "store"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
+        "TORCH_LOGS": "+torch_llmkernels",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__, *scenarios], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> tuple[dict[str, Any], str]:
+    """A cold process in which every region has a kernel."""
+    (result,), log = in_a_process(folder, "all")
+    return result, log
+
+
+def test_a_cold_process_swaps_and_stores(first: tuple[dict[str, Any], str]) -> None:
+    result, _ = first
+    assert result["calls"] == 4 and result["traces"] == 1 and result["aot_hits"] == 0 and result["bypassed"] == 0
+
+
+def test_torch_logs_shows_every_region(first: tuple[dict[str, Any], str]) -> None:
+    """`TORCH_LOGS=+torch_llmkernels` works without importing the package first."""
+    assert "region layer_norm_backward [" in first[1] and "swapped: it is a test" in first[1]
+
+
+@pytest.fixture(scope="module")
+def second(folder: Path, first: Any) -> list[dict[str, Any]]:
+    """A warm process: the same again, then another library, plain Inductor, and an empty library."""
+    return in_a_process(folder, "all", "other", "inductor", "none")[0]
+
+
+def test_a_warm_process_hits_with_the_swaps_alive(second: list[dict[str, Any]]) -> None:
+    again = second[0]
+    assert again["aot_hits"] == 1 and again["calls"] == 4
+    assert again["traces"] == 0 and again["bypassed"] == 0
+
+
+def test_another_kernel_misses(second: list[dict[str, Any]]) -> None:
+    other = second[1]
+    assert other["aot_hits"] == 0 and other["aot_misses"] == 1 and other["calls"] == 4
+
+
+def test_inductor_never_loads_what_we_stored(second: list[dict[str, Any]]) -> None:
+    plain = second[2]
+    assert plain["aot_hits"] == 0 and plain["aot_misses"] == 1 and plain["fx_hits"] == 0
+
+
+def test_graphs_without_swaps_share_the_entries_of_inductor(second: list[dict[str, Any]]) -> None:
+    """And an emptied library does not bring the swapped graph back."""
+    unswapped = second[3]
+    assert unswapped["aot_hits"] == 1 and unswapped["calls"] == 0 and unswapped["traces"] == 0
+
+
+def test_importing_the_package_is_light() -> None:
+    """torch imports it while it reads TORCH_LOGS; neither torch nor the search may come along."""
+    code = "import sys, torch_llmkernels; print([m for m in ('torch', 'openai', 'diskcache', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(json.dumps(compile_and_train(name)), flush=True)
