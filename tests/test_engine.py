@@ -409,3 +409,10 @@ def test_the_static_check_explains_itself() -> None:
     assert static_check(tasks.softmax_task(), kernel("1.0"), "k").status is Status.NOT_APPLICABLE
     broken = static_check(tasks.relu_add_task(), "no header", "k")
     assert isinstance(broken, Evaluation) and broken.status is Status.INVALID and "header" in broken.detail
+
+
+def test_the_same_failure_in_two_places_is_two_questions(tmp_path: Path) -> None:
+    """Two variants of an idea that fail alike lead to repairs that read alike; each still gets its own answer."""
+    engine, model, _ = searched(tmp_path, lambda role, slot: default_answer(role, slot) if role == "ideas" else "no")
+    assert {"r1.s0.i0.v0.a1", "r1.s0.i0.v1.a1"} <= set(model.slots)
+    assert len(engine.tree.prompts) == len(model.slots)

@@ -30,6 +30,7 @@ def parse_source(text: str, finish: str = "stop") -> str:
     Raises:
         ProviderError: if there is none; the message tells the model what to do.
     """
+    text = text.replace("\r\n", "\n")
     blocks, unclosed = _blocks(text)
     kernels = [block for block in blocks if "/*---" in block]
     if kernels:

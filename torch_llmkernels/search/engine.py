@@ -320,6 +320,7 @@ def _prompt(
     variant: int = 0, attempt: int = 0,
 ) -> list[Event]:  # fmt: skip
     system, text = rendered
+    text = f"{text}\n<!-- {slot} -->\n"  # two places may ask for the same, and must not share an answer
     key = digest(system)
     known = [] if key in engine.tree.systems else [{"event": "system", "id": key, "text": system}]
     place_of = {"role": role, "slot": slot, "round": number, "seed": seed, "idea": node.id if node else ""}

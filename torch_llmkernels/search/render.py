@@ -122,7 +122,7 @@ def task_section(task: Task) -> str:
     from torch_llmkernels.program import python_source
 
     lines = [
-        f"Signature (for `implements`): `{task.signature}`",
+        f"Signature (for `implements`): `{_cell(task.signature)}`",
         "",
         "Reference, as PyTorch:",
         fence(python_source(task), "python"),
