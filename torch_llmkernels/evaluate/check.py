@@ -235,13 +235,17 @@ def _too_far(sums: ErrorSums | MismatchCount) -> str:
 def non_finite_mismatch(name: str, got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor) -> str | None:
     """The first place where NaN or infinity differs from eager's, or None.
 
-    Where eager overflowed an intermediate and the true value is finite, a value near the true one is as good. Where eager is
-    finite though the formula is not (a fully masked row), the candidate's value must be eager's, to rounding.
+    Where eager overflowed an intermediate and the true value is finite, a value near the true one is as good. Where the truth is
+    not finite either, an infinity is as good as eager's NaN (a mean over an infinity is one or the other by the order of
+    summation), and a NaN as good as eager's infinity if the truth is NaN. Where eager is finite though the formula is not (a
+    fully masked row), the candidate's value must be eager's, to rounding.
     """
     eager = eager.to(got.dtype)
     same_kind = (got.isnan() == eager.isnan()) & (got.isinf() == eager.isinf()) & (~got.isinf() | (got == eager))
     close = (got.double() - truth).abs() <= truth.abs() / 32
     better = got.isfinite() & ~eager.isfinite() & truth.to(got.dtype).isfinite() & close
+    better |= eager.isnan() & got.isinf() & ~truth.isfinite()
+    better |= eager.isinf() & got.isnan() & truth.isnan()
     near = (got.double() - eager.double()).abs() <= 8 * torch.finfo(got.dtype).eps * eager.double().abs().clamp(min=1.0)
     wrong = ~(same_kind | better) | (same_kind & eager.isfinite() & ~truth.isfinite() & ~near)
     if not bool(wrong.any()):

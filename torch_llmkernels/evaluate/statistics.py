@@ -31,6 +31,8 @@ AMPLIFIED_ULPS = 32
 of a large mean; which of several equally good orders of summation rounds it luckily is a chance that whole rows share."""
 LOST_DIGITS = 2.0**-4
 """A yardstick with a larger relative error has hardly a digit left to compare."""
+FEWEST_GROUPS = 8
+"""Groups from which a scatter can be estimated; fewer are taken to share one error each."""
 INTEGER_SLACK = 4
 """Indices that rounding moved between near-equal values: a count that is Poisson around one stays below it."""
 PERCENTILE = 0.999
@@ -67,7 +69,7 @@ class ErrorSums:
         self._maxima = [0.0, 0.0]
         self._reference = 0.0
         self._count = 0
-        self._independent = 0.0
+        self._independence = Independence()
         self.worst = Worst()
 
     def add(self, got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor, seed: int) -> None:
@@ -83,8 +85,8 @@ class ErrorSums:
             self._tails[side].append(_percentile(scaled[side]))
             self._maxima[side] = max(self._maxima[side], _finite(float(scaled[side].max())) if truth.numel() else 0.0)
         self._reference += _finite(float(torch.where(finite, truth, 0.0).square().sum()))
-        self._count += truth.numel()
-        self._independent += independent_errors(errors[1])
+        self._count += int(finite.sum())
+        self._independence.add(errors[1], torch.where(finite, scale, 0.0))
         self._note_worst(scaled[0], got, eager, truth, seed)
 
     def _note_worst(self, scaled: torch.Tensor, got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, seed: int) -> None:
@@ -99,7 +101,7 @@ class ErrorSums:
 
     def chance(self) -> float:
         """The factor that chance allows on a ratio of errors: 1 for many independent errors."""
-        return math.exp(CONFIDENCE / math.sqrt(max(self._independent, 1.0)))
+        return math.exp(CONFIDENCE / math.sqrt(self._independence.count()))
 
     def ratio(self) -> float:
         """The candidate's errors over what the bounds allow before chance: at most 1 is a pass whatever the sample."""
@@ -161,45 +163,52 @@ class MismatchCount:
         return ErrorStat(self.output, self.distribution, mine, yardstick, mine, yardstick, mine, yardstick, passed)
 
 
-def independent_errors(error: torch.Tensor) -> float:
-    """How many independent errors a tensor of errors amounts to.
+class Independence:
+    """How many independent errors a sample amounts to, from the scatter of their energy.
 
-    Two things make it fewer than its elements: a few large ones that carry the norm (participation ratio, 3 * (sum e^2)^2 /
-    sum e^4, the 3 for normal errors), and errors shared along a dimension, as of a row's mean (Kish's design effect,
-    1 + (group size - 1) * intraclass correlation), of which the worst grouping counts.
+    Fewer than its elements where a few large ones carry the norm, and where elements share an error, as those of a row share its
+    mean's. Both show in groups of elements (rows, columns, channels, single elements): the energy E of a group, a sum of m
+    squares, has a squared coefficient of variation of 2 / m if its normal errors are independent, and of 2 if they share one. So
+    G groups with coefficient c amount to 2 G / c^2 independent errors; the grouping that gives the fewest counts.
     """
-    if not error.numel():
-        return 0.0
-    scale = float(error.abs().max())
-    if scale == 0.0:
-        return float(error.numel())
-    e = error / scale
-    square = float(e.square().mean())
-    participating = min(1.0, 3 * square**2 / float(e.square().square().mean()))
-    return max(1.0, error.numel() * participating / max(_design_effect(e, square, dims) for dims in _groupings(e.ndim)))
+
+    def __init__(self) -> None:
+        self._groups: dict[int, list[float]] = {}  # grouping -> [number of groups, sum of E, sum of E^2]
+        self._weights = [0.0, 0.0]
+
+    def add(self, error: torch.Tensor, scale: torch.Tensor) -> None:
+        """Add the yardstick's errors of one run, and the size that each is expected to be proportional to."""
+        square = error.square()
+        for grouping, dims in enumerate(_groupings(list(error.shape))):
+            energy = square.sum(dims) if dims else square
+            sums = self._groups.setdefault(grouping, [0.0, 0.0, 0.0])
+            for i, value in enumerate((energy.numel(), float(energy.sum()), float(energy.square().sum()))):
+                sums[i] += value
+        weight = torch.where(error.isfinite(), scale, 0.0).square()
+        self._weights[0] += float(weight.sum())
+        self._weights[1] += float(weight.square().sum())
+
+    def count(self) -> float:
+        """The number of independent errors, at least 1."""
+        fewest = _ratio(self._weights[0] ** 2, self._weights[1])
+        for groups, total, squares in self._groups.values():
+            scatter = _ratio(groups * squares, total**2) - 1
+            enough = groups >= FEWEST_GROUPS and math.isfinite(scatter)
+            fewest = min(fewest, groups if not enough else 2 * groups / scatter if scatter > 0 else math.inf)
+        return max(1.0, fewest)
 
 
-def _groupings(ndim: int) -> list[list[int]]:
-    """Dimensions reduced over: groups are rows, columns, and for images channels, samples and their pairs."""
-    if ndim < 2:
-        return [[]]
-    last, every = ndim - 1, list(range(ndim))
-    groupings = [[last], every[:-1], every[1:]]
-    if ndim > 2:
-        groupings += [[d for d in every if d != 1], every[2:]]
-    return groupings
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else math.inf
 
 
-def _design_effect(e: torch.Tensor, square: float, dims: list[int]) -> float:
-    size = math.prod(e.shape[d] for d in dims)
-    if size < 2:
-        return 1.0
-    between = float(e.mean(dims).square().mean())
-    groups = e.numel() / size
-    # a mean of independent errors has variance square / size; with few groups that estimate scatters by itself
-    excess = between - square / size * (1 + 3 * math.sqrt(2 / groups))
-    correlation = min(1.0, max(0.0, excess / (square * (1 - 1 / size))))
-    return 1 + (size - 1) * correlation
+def _groupings(shape: list[int]) -> list[list[int]]:
+    """Dimensions summed over: none, the last, all but the last, all but the first; of images also all but the channel, and the
+    plane. Dimensions of size 1 and groupings into a single group say nothing."""
+    used = [d for d, n in enumerate(shape) if n > 1]
+    found = [[], used[-1:], used[:-1], used[1:], [d for d in used if d != 1], [d for d in used if d > 1]]
+    unique = [g for i, g in enumerate(found) if g not in found[:i] and (not g or len(g) < len(used))]
+    return unique
 
 
 def problem_scale(truth: torch.Tensor, magnitude: torch.Tensor | None, exponential: bool) -> torch.Tensor:
@@ -209,18 +218,27 @@ def problem_scale(truth: torch.Tensor, magnitude: torch.Tensor | None, exponenti
     - For products the sum of |a||b| (`magnitude`): rounding acts on the terms, not on what is left after they cancel.
     - For results of an exponential |y| (1 + |ln |y||), its condition: small probabilities keep their digits.
     - Else the root mean square of the element's row or column, the smaller: what cancels in a row has errors of the row's size.
+      Of a vector, which may be the statistics of rows, the root mean square of all.
     """
     size = truth.abs().nan_to_num(0.0, 0.0, 0.0)
     if exponential:
         return size * (1 + size.clamp(min=torch.finfo(torch.float64).tiny).log().abs())
-    if truth.ndim >= 2:
-        square = size.square()
-        rows, columns = square.mean(-1, keepdim=True), square.mean(list(range(truth.ndim - 1)), keepdim=True)
-        typical = torch.minimum(rows, columns).sqrt()
-    else:
-        typical = size.square().mean().sqrt()
+    typical = _typical(size, truth.isfinite())
     size = torch.maximum(size, typical)
     return size if magnitude is None else torch.maximum(size, magnitude.abs().nan_to_num(0.0, 0.0, 0.0))
+
+
+def _typical(size: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each element's row or column, the smaller; of all elements where those are too short to tell."""
+    square = size.square()
+    used = [d for d, n in enumerate(size.shape) if n > 1]
+    typical = torch.full_like(square, math.inf)
+    for dims in (used[-1:], used[:-1]) if len(used) > 1 else ():
+        count = finite.sum(dims, keepdim=True)
+        mean = square.sum(dims, keepdim=True) / count
+        typical = torch.minimum(typical, torch.where(count >= FEWEST_GROUPS, mean, math.inf))
+    overall = square.sum() / finite.sum().clamp(min=1)
+    return torch.where(typical.isinf(), overall, typical).sqrt()
 
 
 def unravel(place: int, shape: torch.Size) -> tuple[int, ...]:
