@@ -223,9 +223,9 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def leaves(output: Any) -> list[torch.Tensor]:
-    """Every floating tensor of an output."""
-    found = torch.utils._pytree.tree_leaves(output)
-    return [t.detach() for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    """Every floating tensor of an output; every tensor of one that has no floating ones."""
+    found = [t.detach() for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+    return [t for t in found if t.is_floating_point()] or found
 
 
 def error(output: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
@@ -245,7 +245,8 @@ def error(output: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> 
 
 def is_accurate(found: float, eager: float, dtype: torch.dtype, factor: float = MOST_ERROR) -> bool:
     """Whether an error against float64 is no larger than eager's times `factor`, or below four roundings of the dtype."""
-    return found <= max(factor * eager, 4 * torch.finfo(dtype).eps)
+    rounding = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    return found <= max(factor * eager, 4 * rounding)
 
 
 def double(module: nn.Module, inputs: Sequence[Any]) -> tuple[nn.Module, list[Any]]:

@@ -231,11 +231,10 @@ def show(results: common.Results) -> None:
     for line in listed:
         common.console.print(line, markup=False)
     for mode, mean in results.summary.items():
-        common.console.print(
-            f"{mode}: geometric mean of the gain over Inductor {common.cell(mean['geomean'])} over {mean['models']} rows with "
-            f"swaps; worst {common.cell(mean['worst'])} ({mean['worst_model']}); {mean['unswapped']} rows without a swap are left out",
-            markup=False,
-        )
+        gain, worst = common.cell(mean["geomean"]), f"{common.cell(mean['worst'])} ({mean['worst_model']})"
+        swapped = f"geometric mean of the gain over Inductor {gain} over {mean['models']} rows with swaps"
+        line = f"{mode}: {swapped}; worst {worst}; {mean['unswapped']} rows without a swap are left out"
+        common.console.print(line, markup=False)
     common.console.print(f"written to {results.path}")
 
 

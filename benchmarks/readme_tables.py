@@ -1,0 +1,179 @@
+"""The README's tables, generated from the committed results, and a plot beside each.
+
+A table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `models`, `kernelbench`); it holds one section
+per device kind that has a result file under `benchmarks/results/`.
+
+    python benchmarks/readme_tables.py            write README.md and the plots
+    python benchmarks/readme_tables.py --check    exit with 1 if they do not agree with the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from plot import bars
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Result = dict[str, Any]
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; every column but the first is aligned right."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(_cell(v) for v in row) + " |" for row in rows)])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def operators(result: Result) -> str:
+    """Times, speedup over the best other contender, and both errors against float64."""
+    rows = []
+    for row in result["rows"]:
+        entry = {name: row["contenders"].get(name, {}) for name in ("eager", "inductor", "max_autotune", "ours")}
+        swapped = bool(entry["ours"].get("swapped"))
+        rows.append([
+            f"{row['problem']} ({row['tier']})", *(e.get("ms") for e in entry.values()), row["floor_ms"],
+            _times(row["speedup"]) if swapped else "no swap", entry["eager"].get("error"), entry["ours"].get("error"),
+        ])  # fmt: skip
+    columns = [
+        "problem",
+        "eager ms",
+        "Inductor ms",
+        "max-autotune ms",
+        "ours ms",
+        "floor ms",
+        "speedup",
+        "eager's error",
+        "our error",
+    ]
+    return markdown(columns, rows)
+
+
+def models(result: Result) -> str:
+    """Latencies of both compilers in both modes, and what switching gains."""
+    rows = []
+    for row in result["rows"]:
+        if "skipped" in row:
+            continue
+        entry = row["modes"]
+        latencies = [
+            entry.get(m, {}).get("abs_latency")
+            for m in ("eager", "inductor", "ours", "inductor reduce-overhead", "ours reduce-overhead")
+        ]
+        gain = row["gain"].get("ours")
+        wrong = [m for m in entry if entry[m].get("accurate") is False]
+        verdict = "fail: " + ", ".join(wrong) if wrong else "pass"
+        name = f"{row['model']} b{row['batch']} {row['precision']} {row['phase']}"
+        rows.append([name, *latencies, _times(gain and gain["ratio"]) if row["swaps"] else "no swap", row["swaps"], verdict])
+    graphs = ["Inductor reduce-overhead ms", "ours reduce-overhead ms"]
+    columns = ["model", "eager ms", "Inductor ms", "ours ms", *graphs, "gain", "swaps", "accuracy"]
+    return markdown(columns, rows)
+
+
+def kernelbench(result: Result) -> str:
+    """fast_p and the geometric means."""
+    found = result["summary"]
+    rows = [
+        [name, found[key]["geomean"], found[key]["geomean_swapped"], *found[key]["fast_p"].values()]
+        for name, key in (("eager", "vs_eager"), ("Inductor", "vs_inductor"))
+    ]
+    head = f"{found['correct']} of {found['problems']} problems correct, {found['swapped']} with a swap.\n\n"
+    return head + markdown(
+        ["against", "geomean", "geomean of the swapped", *(f"fast_{p}" for p in found["vs_eager"]["fast_p"])], rows
+    )
+
+
+def _times(ratio: float | None) -> str | None:
+    return None if ratio is None else f"{ratio:.2f}x"
+
+
+TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "models": models, "kernelbench": kernelbench}
+
+
+def section(result: Result, name: str) -> str:
+    """One device's table under a line that says where and how it was measured."""
+    versions = result["versions"]
+    where = f"{result['device']}, torch {versions.get('torch', '?')}, commit {result['commit']}, {result['date']}"
+    image = f"\n\n![{name}](benchmarks/results/{result['device_kind']}/{name}.svg)" if speedups(result, name) else ""
+    return f"**{where}**\n\n{TABLES[name](result)}{image}"
+
+
+def speedups(result: Result, name: str) -> list[tuple[str, float]]:
+    """(label, speedup) of every row with a swap: what the plot shows."""
+    if name == "operators":
+        rows = [r for r in result["rows"] if r["speedup"] and r["contenders"].get("ours", {}).get("swapped")]
+        return [(f"{r['problem']} ({r['tier']})", r["speedup"]) for r in rows]
+    if name == "models":
+        rows = [r for r in result["rows"] if r.get("swaps") and "ours" in r.get("gain", {})]
+        return [(f"{r['model']} b{r['batch']} {r['precision']} {r['phase']}", r["gain"]["ours"]["ratio"]) for r in rows]
+    return [(r["problem"], r["vs_inductor"]) for r in result["rows"] if r.get("swaps") and "vs_inductor" in r]
+
+
+def load(results: Path, name: str) -> list[Result]:
+    """The result files of one benchmark, by device kind."""
+    return [json.loads(path.read_text()) for path in sorted(results.glob(f"*/{name}.json"))]
+
+
+def rendered(readme: str, results: Path) -> str:
+    """The README with every table generated anew.
+
+    Raises:
+        SystemExit: if there are results for a table that the README has no place for.
+    """
+    for name in TABLES:
+        found = load(results, name)
+        place = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)
+        if not place.search(readme):
+            if found:
+                raise SystemExit(
+                    f"README.md has no <!-- begin:{name} --> and <!-- end:{name} -->, but {name}.json is there; add them"
+                )
+            continue
+        text = "\n\n".join(section(result, name) for result in found) or "Not measured yet."
+        readme = place.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme)
+    return readme
+
+
+def plots(results: Path) -> dict[Path, str]:
+    """The plot of every result file that has a swap."""
+    found = {}
+    for name in TABLES:
+        for result in load(results, name):
+            if rows := speedups(result, name):
+                versus = "the best of eager, Inductor and max-autotune" if name == "operators" else "Inductor"
+                title = f"{name} on {result['device']}: time of {versus} over ours"
+                found[results / result["device_kind"] / f"{name}.svg"] = bars(title, rows)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write, or with `--check` compare; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README or plots differ from the results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    wanted = {args.readme: rendered(args.readme.read_text(), args.results), **plots(args.results)}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        print(f"{path} {'is out of date: run python benchmarks/readme_tables.py' if args.check else 'written'}")
+        if not args.check:
+            path.write_text(wanted[path])
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
