@@ -25,8 +25,8 @@ from torch import nn
 from torch_llmkernels import registry, settings
 from torch_llmkernels.backend import resolve
 from torch_llmkernels.capture import Call, capture_graphs
-from torch_llmkernels.precompile.run import precompile
-from torch_llmkernels.precompile.whole_graph import Paired, loss_of, samples_ms, step_of
+from torch_llmkernels.precompilation.run import precompile
+from torch_llmkernels.precompilation.whole_graph import Paired, loss_of, samples_ms, step_of
 
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},

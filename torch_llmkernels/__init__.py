@@ -14,7 +14,7 @@ __all__ = ["__version__", "override", "precompile", "report"]
 
 _LAZY = {
     "override": "torch_llmkernels.settings",
-    "precompile": "torch_llmkernels.precompile",
+    "precompile": "torch_llmkernels.precompilation",
     "report": "torch_llmkernels.registry",
 }
 

@@ -37,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if the budget ended before everything was decided."""
-    from torch_llmkernels.precompile.run import precompile
+    from torch_llmkernels.precompilation.run import precompile
 
     model, inputs = made(args)
     calls = [tensors(spec, model, args.device) for spec in args.input] or [inputs]

@@ -27,9 +27,9 @@ from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.plan import record_digest
-from torch_llmkernels.precompile.table import bar, text
-from torch_llmkernels.precompile.whole_graph import measure, median_ms, step_of
-from torch_llmkernels.precompile.worth import PlannedRegion, best_baseline_ms, plan_regions, unverified
+from torch_llmkernels.precompilation.table import bar, text
+from torch_llmkernels.precompilation.whole_graph import measure, median_ms, step_of
+from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, plan_regions, unverified
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
 

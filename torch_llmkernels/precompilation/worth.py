@@ -20,7 +20,7 @@ from torch_llmkernels.evaluation import Decision
 from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.source import Kernel
 from torch_llmkernels.kernels.targets import target_for
-from torch_llmkernels.precompile.whole_graph import median_ms
+from torch_llmkernels.precompilation.whole_graph import median_ms
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch_llmkernels.registry import shapes_of
 
 if TYPE_CHECKING:
-    from torch_llmkernels.precompile.run import PrecompileReport
-    from torch_llmkernels.precompile.worth import PlannedRegion
+    from torch_llmkernels.precompilation.run import PrecompileReport
+    from torch_llmkernels.precompilation.worth import PlannedRegion
 
 WIDTH = 160
 COLUMNS = ("region", "task", "inputs", "n", "share", "ms", "floor ms", "headroom", "kernels", "decision")
