@@ -65,7 +65,7 @@ def compile_and_train(scenario: str) -> dict[str, Any]:
 def in_a_process(folder: Path, *scenarios: str) -> tuple[list[dict[str, Any]], str]:
     """Run scenarios one after another in a fresh process; their results, and what was logged."""
     env = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1",
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path]), "OMP_NUM_THREADS": "1",
         "LLMKERNELS_CACHE_DIR": str(folder / "store"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
         "TORCH_LOGS": "+torch_llmkernels",
     }  # fmt: skip

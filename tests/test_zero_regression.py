@@ -20,7 +20,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 
-from torch_llmkernels import backend, plan
+from torch_llmkernels import backend, plan, registry
 from torch_llmkernels.evaluation import Decision
 
 
@@ -49,14 +49,16 @@ def _stop(*args: object) -> None:
     raise Generated
 
 
-def generate(compiler: str | Callable, model: str, training: bool, dynamic: bool, autocast: bool) -> list[str]:
+def generate(
+    compiler: str | Callable, model: str, training: bool, dynamic: bool, autocast: bool, device: str = "cpu"
+) -> list[str]:
     """The sources that `compiler` generates for a model of the zoo."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     module_of, inputs_of = zoo.CASES[model]
-    module, inputs = module_of().train(training), inputs_of()
+    module, inputs = module_of().to(device).train(training), [x.to(device) for x in inputs_of()]
     compiled = torch.compile(module, backend=compiler, dynamic=dynamic)
-    grad, precision = torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    grad, precision = torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, enabled=autocast)
     with sources_only() as codes, grad, precision, pytest.raises(Generated):
         compiled(*inputs)
     return codes
@@ -82,10 +84,13 @@ def nothing_to_swap(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     plan.forget()
 
 
-def check(model: str, training: bool, dynamic: bool, autocast: bool) -> None:
-    theirs = generate("inductor", model, training, dynamic, autocast)
-    ours = generate(backend.llmkernels, model, training, dynamic, autocast)
+def check(model: str, training: bool, dynamic: bool, autocast: bool, device: str = "cpu") -> None:
+    """Inductor's sources with and without us are the same, kernel by kernel and call by call."""
+    theirs = generate("inductor", model, training, dynamic, autocast, device)
+    ours = generate(backend.llmkernels, model, training, dynamic, autocast, device)
     assert len(theirs) == len(ours) > 0
+    assert any(kernels(code) for code in theirs)
+    assert registry.report()[-1].regions, "no region was looked up, so nothing is shown"
     for before, after in zip(theirs, ours, strict=True):
         assert sorted(kernels(before)) == sorted(kernels(after))
         assert extern_calls(before) == extern_calls(after)
