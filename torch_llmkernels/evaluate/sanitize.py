@@ -89,18 +89,22 @@ def _run_tool(tool_path: str, tool: str, job: Path) -> Report | None:
 def reduced(task: Task) -> Task | None:
     """The static task itself if it is small; else one with `FEW_SAMPLES` of the first input's first dimension; None if that
     dimension is fixed by the program."""
-    if sum(span_bytes(t, dtype_of(t).itemsize) for t in (*task.inputs, *task.outputs)) <= LARGE_BYTES:
+    if sum(span_bytes(t, dtype_of(t).itemsize) for t in (*task.inputs, *task.outputs)) <= LARGE_BYTES or not task.inputs[0].shape:
         return task
-    batch = task.inputs[0].shape[0]
-    smaller = dataclasses.replace(
-        task, inputs=tuple(_cut(t, batch) for t in task.inputs), outputs=tuple(_cut(t, batch) for t in task.outputs)
-    )
-    return smaller if _shapes_hold(smaller) else None
+    # a weight may happen to be as long as the batch: matrices first, then vectors too
+    for fewest_dims in (2, 1):
+        inputs = tuple(_cut(t, task.inputs[0].shape[0], fewest_dims) for t in task.inputs)
+        outputs = tuple(_cut(t, task.inputs[0].shape[0], fewest_dims) for t in task.outputs)
+        smaller = dataclasses.replace(task, inputs=inputs, outputs=outputs)
+        if _shapes_hold(smaller):
+            return smaller
+    return None
 
 
-def _cut(spec: TensorSpec, batch: Dim) -> TensorSpec:
+def _cut(spec: TensorSpec, batch: Dim, fewest_dims: int) -> TensorSpec:
     """The spec with fewer samples, if its first dimension is the batch and the outermost in memory."""
-    if not spec.shape or spec.shape[0] != batch or spec.stride[0] != max(int(s) for s in spec.stride):
+    outermost = spec.shape and spec.shape[0] == batch and spec.stride[0] == max(int(s) for s in spec.stride)
+    if len(spec.shape) < fewest_dims or not outermost:
         return spec
     return dataclasses.replace(spec, shape=(FEW_SAMPLES, *spec.shape[1:]))
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from torch_llmkernels import settings as knobs
-from torch_llmkernels.errors import LLMKernelsError, SchemaError, WorkerDied, WorkerTimeout
+from torch_llmkernels.errors import LLMKernelsError, SchemaError, WorkerDied, WorkerError, WorkerTimeout
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.run import evaluate
 from torch_llmkernels.evaluation import Evaluation, Status
@@ -123,15 +123,19 @@ class _Child:
         finally:
             os.close(theirs_in)
             os.close(theirs_out)
-        self._send({"settings": dataclasses.asdict(settings)})
-        self._receive(time.monotonic() + START_TIMEOUT_S, "ready")
+        try:
+            self._send({"settings": dataclasses.asdict(settings)})
+            self._receive(time.monotonic() + START_TIMEOUT_S, "ready")
+        except WorkerError:
+            self.kill()
+            raise
 
     def ask(self, job: Job) -> Evaluation:
         """Send a job and wait for its outcome.
 
         Raises:
             WorkerTimeout: if it takes longer than the limit.
-            WorkerDied: if the child ends without an answer.
+            WorkerDied: if the child ends without an answer, or sends something that is no message.
             SchemaError: if the answer is not an evaluation.
         """
         import torch
@@ -174,7 +178,7 @@ class _Child:
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise SchemaError(f"the worker sent something that is no message while {self._stage}")
+            raise WorkerDied(f"the worker sent something that is no message while {self._stage}")
         return message
 
     def _died(self) -> WorkerDied:

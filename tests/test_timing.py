@@ -1,0 +1,103 @@
+"""Timing: in turns, on data that changes, and nothing skipped goes unseen. No test here asserts how long something takes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tasks import contiguous, layer_norm_task, relu_add_task
+
+from torch_llmkernels.evaluate import timing
+from torch_llmkernels.evaluate.baseline import inductor
+from torch_llmkernels.evaluate.buffers import empty
+from torch_llmkernels.evaluate.timing import Stopwatch, agree, make_sets
+from torch_llmkernels.kernels.device import cpu_facts
+
+
+def relu_add(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.add(a, b, out=y).relu_()
+
+
+@pytest.fixture
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
+    monkeypatch.setattr(timing, "inductor", lambda *_, **__: None)  # compiling is a test of its own
+    return Stopwatch(relu_add_task(256), [], [], cpu_facts())
+
+
+def test_the_kernel_and_its_baselines_are_timed_in_turns(stopwatch: Stopwatch) -> None:
+    times = stopwatch.compare(relu_add, relu_add)
+    assert times.kernel_ms > 0 and times.spread >= 0
+    assert dict(times.baselines_ms).keys() == {"eager"}
+    assert times.mismatch is None
+
+
+def test_an_answer_kept_by_address_is_found(stopwatch: Stopwatch) -> None:
+    kept: dict[int, torch.Tensor] = {}
+
+    def remembers(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.data_ptr() not in kept:
+            kept[a.data_ptr()] = torch.relu(a + b)
+        y.copy_(kept[a.data_ptr()])
+
+    assert "differs" in (stopwatch.compare(remembers, relu_add).mismatch or "")
+
+
+def test_work_skipped_under_timing_is_found(stopwatch: Stopwatch) -> None:
+    calls = []
+
+    def lazy(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        calls.append(None)
+        if len(calls) < 10:
+            relu_add(y, a, b)
+
+    assert "differs" in (stopwatch.compare(lazy, relu_add).mismatch or "")
+
+
+def test_every_call_of_a_sample_has_data_of_its_own() -> None:
+    sets = make_sets(relu_add_task(256), [], cpu_facts())
+    assert len(sets) >= 2
+    assert len({s.inputs[0].data_ptr() for s in sets}) == len({s.outputs[0].data_ptr() for s in sets}) == len(sets)
+    assert not torch.equal(sets[0].inputs[0], sets[1].inputs[0])
+
+
+def test_parameters_and_statistics_keep_their_values() -> None:
+    task = dataclasses.replace(layer_norm_task(), constant=("weight",))
+    watch = Stopwatch(task, [], [], cpu_facts())
+    before = [t.clone() for t in watch._sets[0].inputs]
+    watch._renew()
+    changed = [not torch.equal(a, b) for a, b in zip(before, watch._sets[0].inputs, strict=True)]
+    assert changed == [True, False, True]
+    outputs = watch._sets[0].outputs
+    assert outputs[0].unique().numel() == 1
+
+
+def test_agreement_is_to_rounding() -> None:
+    a = torch.randn(1000)
+    assert agree(a, a * (1 + 1e-7)) and not agree(a, a * 1.001)
+    with_nan = a.clone()
+    with_nan[3] = float("nan")
+    assert not agree(a, with_nan) and agree(with_nan, with_nan)
+
+
+def test_inductor_s_own_wrapper_is_the_baseline() -> None:
+    task = layer_norm_task(16, 64)
+    inputs = [empty(t, "cpu").normal_() for t in task.inputs]
+    call = inductor(task, inputs)
+    assert call is not None and inductor(task, inputs) is call
+    fresh = [torch.randn_like(t) for t in inputs]
+    (got,) = call(fresh)
+    assert torch.allclose(got, torch.nn.functional.layer_norm(fresh[0], (64,), *fresh[1:]), atol=1e-5)
+
+
+def test_a_program_that_inductor_refuses_leaves_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unsupported")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", refuse)
+    assert inductor(relu_add_task(32, "float64"), [torch.randn(32).double()] * 2) is None
+
+
+def test_workspaces_come_between_outputs_and_inputs() -> None:
+    (data, *_) = make_sets(relu_add_task(64), [contiguous("scratch", "float32", (5,))], cpu_facts())
+    assert [t.numel() for t in data.tensors] == [64, 5, 64, 64]

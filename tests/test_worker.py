@@ -1,0 +1,115 @@
+"""The worker and the pools: isolation, what crosses the boundary, and what does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tasks import layer_norm_task, relu_add_task, softmax_task
+
+from torch_llmkernels.errors import SchemaError
+from torch_llmkernels.evaluate import sanitize, worker
+from torch_llmkernels.evaluate.candidate import spread
+from torch_llmkernels.evaluate.job import Job
+from torch_llmkernels.evaluate.pool import LocalPool
+from torch_llmkernels.evaluate.run import log_head
+from torch_llmkernels.evaluate.worker import Worker, clean_environment
+from torch_llmkernels.evaluation import Status
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.settings import Settings
+
+KERNEL = (Path(__file__).parent / "kernels" / "layer_norm.cpp").read_text()
+needs_compiler = pytest.mark.skipif(target_for("cpu").unavailable() is not None, reason="no C++ compiler")
+
+
+def test_a_job_survives_json() -> None:
+    job = Job(relu_add_task("d0", hints={"d0": 4}), "text", "name", {"N": 4}, "full", False, 7, 1)
+    assert Job.from_json(json.loads(json.dumps(job.to_json()))) == job
+    with pytest.raises(SchemaError, match="damaged"):
+        Job.from_json({"kernel_text": ""})
+    with pytest.raises(ValueError, match="tier"):
+        Job(softmax_task(), "", tier="thorough")
+
+
+def test_credentials_stay_behind() -> None:
+    secrets = {"OPENAI_API_KEY": "a", "MY_TOKEN": "b", "AWS_REGION": "c", "db_password": "d", "LAB": "e"}
+    kept = clean_environment({**secrets, "PATH": "/bin", "OMP_NUM_THREADS": "2"}, Settings(api_key_env="LAB"))
+    assert not set(secrets) & set(kept)
+    assert kept["PATH"] == "/bin" and kept["OMP_NUM_THREADS"] == "2"
+
+
+@needs_compiler
+def test_a_pool_evaluates_and_chooses_constants() -> None:
+    with LocalPool(settings=Settings(worker_timeout_s=90.0)) as pool:
+        futures = [pool.submit(Job(layer_norm_task(8, 64), KERNEL, "layer_norm", timed=t)) for t in (False, True)]
+        futures.append(pool.submit(Job(softmax_task(), "not a kernel")))
+        untimed, timed, invalid = (f.result() for f in futures)
+    assert untimed.status is Status.CORRECT and untimed.time_ms is None, untimed.detail
+    assert timed.status is Status.TIMED and dict(timed.constants).keys() == {"GRAIN"}, timed.detail
+    assert invalid.status is Status.INVALID and "header" in invalid.detail
+
+
+def test_a_worker_that_does_not_start_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker.sys, "executable", "/bin/false")
+    outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
+    assert outcome.status is Status.CRASHED and "exited with code 1" in outcome.detail
+
+
+def test_an_answer_that_is_no_message_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    impostor = tmp_path / "python"
+    impostor.write_text(f"#!{sys.executable}\nimport os, sys\nos.write(int(sys.argv[4]), b'nonsense\\n')\nsys.stdin.read()\n")
+    impostor.chmod(0o755)
+    monkeypatch.setattr(worker.sys, "executable", str(impostor))
+    outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
+    assert outcome.status is Status.CRASHED and "no message" in outcome.detail
+
+
+@needs_compiler
+def test_closing_ends_the_child_and_a_later_job_starts_another() -> None:
+    job = Job(layer_norm_task(), "not a kernel")
+    made = Worker(Settings())
+    assert made.evaluate(job).status is Status.INVALID
+    child = made._child
+    assert child is not None
+    made.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child._process.pid, 0)
+    assert made.evaluate(job).status is Status.INVALID
+    made.close()
+
+
+def test_a_compiler_s_log_is_cut_to_its_errors() -> None:
+    log = "\n".join([*["In file included"] * 50, "x.cu:7: error: no", *["note"] * 100])
+    head = log_head(log)
+    assert "x.cu:7: error: no" in head and len(head.splitlines()) < 50
+
+
+def test_many_tunings_are_sampled_evenly() -> None:
+    items = [{"N": i} for i in range(100)]
+    assert spread(items[:5], 10) == items[:5]
+    assert spread(items, 4) == [{"N": 0}, {"N": 25}, {"N": 50}, {"N": 75}]
+
+
+def test_large_tasks_are_sanitized_at_fewer_samples() -> None:
+    small, large = layer_norm_task(8, 64), layer_norm_task(4096, 4096)
+    assert sanitize.reduced(small) is small
+    reduced = sanitize.reduced(large)
+    assert reduced is not None and reduced.inputs[0].shape == (2, 4096) == reduced.outputs[0].shape
+    assert reduced.inputs[1] == large.inputs[1]
+
+
+def test_without_a_sanitizer_the_reason_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
+    report = sanitize.sanitize(Job(layer_norm_task(device="cuda"), KERNEL, constants={}))
+    assert report.failure is None and report.summary.startswith("skipped: no compute-sanitizer")
+
+
+def test_ray_gives_the_same_answers() -> None:
+    pytest.importorskip("ray")
+    from torch_llmkernels.evaluate.pool import RayPool
+
+    with RayPool(gpus=0) as pool:
+        assert pool.submit(Job(softmax_task(), "not a kernel")).result().status is Status.INVALID
