@@ -22,10 +22,12 @@ import torch
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.cache import bundle
 from torch_llmkernels.cache.key import RecordKey
+from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, untouched
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
-from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.kernels.source import parse_kernel
+from torch_llmkernels.kernels.targets import build, target_for
 from torch_llmkernels.plan import record_digest
 from torch_llmkernels.precompilation.table import bar, text
 from torch_llmkernels.precompilation.whole_graph import measure, median_ms, step_of
@@ -131,7 +133,8 @@ def precompile(
     compile_options = {"mode": mode, "options": dict(options) if options else None}
     left = max(budget - (time.monotonic() - begin), 1.0)
     decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
-    exported = _export(export, regions, settings) if export else None
+    build_all(winners(regions), settings)
+    exported = _export(export, regions) if export else None
     complete = not any(r.is_open for r in regions)
     return dataclasses.replace(
         report,
@@ -220,7 +223,16 @@ def _answers(decision: GraphDecision, graph: CapturedGraph, won: Mapping[str, Re
     return now == dict((*decision.swapped, *decision.vetoed))
 
 
-def _export(path: str | Path, regions: Iterable[PlannedRegion], settings: Settings) -> Path:
+def build_all(won: Mapping[str, Record], settings: Settings) -> None:
+    """Put the binary of every winner into the store, so that the first use of the model compiles none."""
+    store = open_store(settings)
+    for record in won.values():
+        target = target_for(record.task.device)
+        kernel = parse_kernel(record.kernel_text, record.kernel_name)
+        build(kernel, record.task, dict(record.constants), target, target.facts(), store)
+
+
+def _export(path: str | Path, regions: Iterable[PlannedRegion]) -> Path:
     """Write the winners to a bundle."""
     path = Path(path)
     bundle.export(path, records=winners(regions).values())

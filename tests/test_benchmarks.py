@@ -1,0 +1,180 @@
+"""The benchmarks' arithmetic and files, and the README's tables; one tiny operator goes all the way through."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import xml.dom.minidom
+from pathlib import Path
+from typing import Any
+
+import benchmark_path  # noqa: F401
+import common
+import model_zoo
+import models
+import operators
+import overhead
+import plot
+import pytest
+import readme_tables
+import torch
+from problems import PROBLEMS, Problem
+from torch import nn
+
+
+def arguments(tmp_path: Path, **changes: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"device": "cpu", "out": tmp_path / "r.json", "resume": False, "budget_s": math.inf, **changes})
+
+
+def test_a_result_file_is_complete_after_every_row(tmp_path: Path) -> None:
+    results = common.Results("operators", arguments(tmp_path), key=("problem",))
+    results.add({"problem": "a", "ms": 1})
+    results.add({"problem": "b", "ms": 2})
+    results.add({"problem": "a", "ms": 3})
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [(r["problem"], r["ms"]) for r in written["rows"]] == [("b", 2), ("a", 3)]
+    assert written["versions"]["torch"] and written["commit"] and written["device_kind"].startswith("cpu")
+
+
+def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
+    common.Results("operators", arguments(tmp_path), key=("problem",)).add({"problem": "a"})
+    again = common.Results("operators", arguments(tmp_path, resume=True), key=("problem",))
+    assert not again.wanted(problem="a") and again.wanted(problem="b")
+    late = common.Results("operators", arguments(tmp_path, budget_s=-1.0), key=("problem",))
+    assert not late.wanted(problem="b")
+
+
+def test_errors_are_relative_and_not_a_number_must_match() -> None:
+    reference = [torch.tensor([3.0, 4.0])]
+    assert common.error([torch.tensor([3.0, 4.5])], reference) == pytest.approx(0.1)
+    assert common.error([torch.tensor([float("nan"), 4.0])], reference) == math.inf
+    assert common.error([torch.zeros(3)], reference) == math.inf
+    both = [torch.tensor([float("nan"), 4.0])]
+    assert common.error(both, both) == 0.0
+
+
+def test_accuracy_is_measured_by_eagers_error() -> None:
+    assert common.is_accurate(1.05e-5, 1e-5, torch.float32)
+    assert not common.is_accurate(1.5e-5, 1e-5, torch.float32)
+    assert common.is_accurate(1e-7, 1e-9, torch.float32)  # below a few roundings there is nothing to tell apart
+
+
+def test_products_in_float32_are_measured_in_two_tiers() -> None:
+    names = ("layer_norm_8192x4096_fp32", "matmul_fp32_2048", "matmul_fp16_4096")
+    found = [(p.name, operators.tier(p)) for p in operators.tiers([PROBLEMS[n] for n in names])]
+    assert found == [
+        ("layer_norm_8192x4096_fp32", "strict"), ("matmul_fp32_2048", "strict"), ("matmul_fp32_2048", "tf32"),
+        ("matmul_fp16_4096", "float16"),
+    ]  # fmt: skip
+
+
+def test_an_operator_goes_all_the_way_through(tmp_path: Path, monkeypatch, capsys) -> None:
+    tiny = Problem("tiny_softmax_fp32", lambda: nn.Softmax(-1), ((4, 16),), training=True)
+    monkeypatch.setitem(PROBLEMS, tiny.name, tiny)
+    monkeypatch.setitem(operators.CONTENDERS, "ours", {"backend": "eager"})
+    out = tmp_path / "operators.json"
+    operators.main(["--device", "cpu", "--problems", tiny.name, "--contenders", "eager,ours", "--quick", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["accurate"] and row["speedup"] > 0 and row["best_baseline"] == "eager" and row["floor_ms"] > 0
+    assert "tiny_softmax_fp32" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="known: matmul_fp32_2048"):
+        operators.main(["--problems", "nonsense"])
+
+
+def model_row(name: str, ratio: float, swaps: int) -> dict[str, Any]:
+    entry = {"abs_latency": 1.0, "swapped": ["softmax: k"] * swaps, "accurate": True}
+    return {
+        "model": name, "batch": 1, "precision": "fp32", "phase": "infer", "swaps": swaps, "verify_s": 0.0,
+        "modes": {"inductor": {"abs_latency": ratio}, "ours": entry}, "gain": {"ours": {"ratio": ratio, "noise": 0.01}},
+    }  # fmt: skip
+
+
+def test_models_without_a_swap_are_left_out_of_the_mean_but_not_of_the_worst() -> None:
+    found = models.summary([model_row("a", 2.0, 1), model_row("b", 0.5, 0), model_row("c", 8.0, 2)])
+    assert found["ours"]["geomean"] == pytest.approx(4.0) and found["ours"]["models"] == 2
+    assert found["ours"]["worst"] == 0.5 and "b b1" in found["ours"]["worst_model"]
+
+
+def test_a_model_that_cannot_be_made_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    def broken() -> nn.Module:
+        raise ModuleNotFoundError("No module named 'torchvision'")
+
+    case = model_zoo.ModelCase("x", "torchvision", broken, lambda batch: (), (1, 2))
+    setting = models.Setting(case, 1, "fp32", training=False)
+    row = models.measure(setting, ["eager"], "cpu", arguments(tmp_path))
+    assert row["skipped"] == "ModuleNotFoundError: No module named 'torchvision'"
+
+
+def test_every_row_of_a_model_is_planned() -> None:
+    (case,) = [case for case in model_zoo.small() if case.name == "digits"]
+    rows = [tuple(s.name.values())[1:] for s in models.plan([case], ["fp32", "half"])]
+    assert rows == [(1, "fp32", "infer"), (2, "fp32", "infer"), (2, "fp32", "train"),
+                    (1, "half", "infer"), (2, "half", "infer"), (2, "half", "train")]  # fmt: skip
+    module, (x,) = next(models.plan([case], ["half"])).make("cpu")
+    assert x.dtype is case.half and module(x).dtype is case.half and not module.training
+
+
+def test_a_training_row_compares_gradients_with_float64() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    found = models.results(model, model, (x,), training=True)
+    assert [t.shape for t in found] == [(3, 2), (2, 4), (2,)] and model.weight.grad is None
+    assert common.error(found, models.wide_results(model, (x,), training=True)) < 1e-6
+
+
+def test_overhead_of_calls_runs_the_kernel(tmp_path: Path, capsys) -> None:
+    overhead.main(["--device", "cpu", "--quick", "--skip-compile", "--out", str(tmp_path / "overhead.json")])
+    rows = {row["what"]: row["median"] for row in json.loads((tmp_path / "overhead.json").read_text())["rows"]}
+    assert rows["swapped region in generated code"] > 0 and rows["eager a.add_(b)"] > 0
+
+
+def test_a_plot_is_an_svg_that_names_every_bar() -> None:
+    text = plot.bars("speedup & such", [("fast <one>", 2.0), ("slow", 0.5)])
+    bars = xml.dom.minidom.parseString(text).getElementsByTagName("rect")
+    assert [bar.getAttribute("fill") for bar in bars] == [plot.FASTER, plot.SLOWER]
+    assert "2.00x" in text and "fast &lt;one&gt;" in text
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> tuple[Path, Path]:
+    """A README with a place for a table, and results of one device."""
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text("# Title\n<!-- begin:operators -->\nold\n<!-- end:operators -->\nrest\n")
+    contenders = {"eager": {"ms": 2.0, "error": 1e-7}, "ours": {"ms": 1.0, "error": 5e-8, "swapped": ["softmax: k"]}}
+    row = {"problem": "softmax", "tier": "strict", "contenders": contenders, "floor_ms": 0.5, "speedup": 2.0, "accurate": True}
+    result = {
+        "device": "A GPU",
+        "device_kind": "gpu",
+        "versions": {"torch": "2.11"},
+        "commit": "abc",
+        "date": "2026-01-01",
+        "rows": [row],
+    }
+    (results / "gpu").mkdir(parents=True)
+    (results / "gpu" / "operators.json").write_text(json.dumps(result))
+    return readme, results
+
+
+def test_readme_tables_are_written_from_the_results_and_checked(project: tuple[Path, Path], capsys) -> None:
+    readme, results = project
+    options = ["--readme", str(readme), "--results", str(results)]
+    assert readme_tables.main([*options, "--check"]) == 1
+    assert readme_tables.main(options) == 0
+    text = readme.read_text()
+    assert "| softmax (strict) | 2 | - | - | 1 | 0.5 | 2.00x | 1e-07 | 5e-08 |" in text
+    assert "A GPU, torch 2.11, commit abc" in text and text.startswith("# Title\n") and text.endswith("rest\n")
+    assert (results / "gpu" / "operators.svg").exists()
+    assert readme_tables.main([*options, "--check"]) == 0
+    readme.write_text(text.replace("2.00x", "3.00x"))
+    assert readme_tables.main([*options, "--check"]) == 1
+
+
+def test_results_without_a_place_in_the_readme_are_an_error(project: tuple[Path, Path]) -> None:
+    readme, results = project
+    readme.write_text("# Title\n")
+    with pytest.raises(SystemExit, match="begin:operators"):
+        readme_tables.rendered(readme.read_text(), results)
+
+
+def test_the_readme_agrees_with_the_committed_results() -> None:
+    assert readme_tables.main(["--check"]) == 0

@@ -1,0 +1,343 @@
+"""Precompilation: what is captured, planned, decided and remembered. Evaluations and whole-graph timings are scripted."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from records import evaluation
+from torch import nn
+
+from torch_llmkernels import graph_decision, plan, resolve, settings
+from torch_llmkernels.capture import Call, capture, capture_graphs
+from torch_llmkernels.cli import main
+from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluation import Evaluation, Record
+from torch_llmkernels.graph_decision import GraphDecision, graph_key
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.options import read_request
+from torch_llmkernels.plan import record_digest
+from torch_llmkernels.precompilation import precompile, run, whole_graph
+from torch_llmkernels.precompilation.whole_graph import Paired, Variants, measure
+
+KERNEL = Path(__file__).parent / "kernels" / "layer_norm.cpp"
+needs_compiler = pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
+
+
+class Norms(nn.Module):
+    """Layer norms of two widths, the first of them twice, and running statistics that a forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.again, self.narrow = nn.LayerNorm(32), nn.LayerNorm(32), nn.LayerNorm(8)
+        self.linear = nn.Linear(32, 8)
+        self.batch = nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.batch(self.linear(self.again(self.wide(x).tanh()))))
+
+
+def norms(args: Any) -> list[int]:
+    """Widths of the layer norms among captured regions."""
+    return [region.task.inputs[0].shape[-1] for region in args if region.task.signature == "layer_norm"]
+
+
+@dataclasses.dataclass
+class Evaluations:
+    """Stands in for the worker: every kernel runs twice as fast as Inductor; remembers what was asked."""
+
+    asked: list[str] = dataclasses.field(default_factory=list)
+    outcome: Evaluation = dataclasses.field(default_factory=evaluation)
+    interrupt_at: int = -1
+
+    def __call__(self, task: Any, kernel: Any, record: Record | None, knobs: Any) -> Evaluation:
+        if len(self.asked) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.asked.append(task.key)
+        return dataclasses.replace(self.outcome, constants=(("GRAIN", 1),))
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluations]:
+    """A library of one kernel, an empty store, scripted evaluations, and a graph measurement that keeps every swap."""
+    folder = tmp_path / "library" / "layer_norm"
+    folder.mkdir(parents=True)
+    (folder / "layer_norm.cpp").write_text(KERNEL.read_text())
+    monkeypatch.setenv("LLMKERNELS_LIBRARY_DIR", str(tmp_path / "library"))
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "store"))
+    evaluations = Evaluations()
+    monkeypatch.setattr(resolve, "evaluate", evaluations)
+    monkeypatch.setattr(run, "measure", keep_all)
+    monkeypatch.setattr(run, "build_all", lambda won, knobs: None)
+    plan.forget()
+    yield evaluations
+    plan.forget()
+
+
+def keep_all(model: Any, calls: Any, graphs: Any, winners: dict[str, Record], **options: Any) -> list[GraphDecision]:
+    pairs = tuple((key, record_digest(record)) for key, record in sorted(winners.items()))
+    return [GraphDecision(graph.key, pairs, (), 2.0, 1.0, 0.01) for graph in graphs]
+
+
+def test_capture_lists_forward_and_backward_regions_without_generating_code(script: Evaluations, monkeypatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Inductor was asked to generate code")
+
+    monkeypatch.setattr("torch._inductor.graph.GraphLowering.run", refuse)
+    x = torch.randn(4, 32)
+    assert norms(capture(Norms().eval(), (x,))) == [32, 32, 8]
+    backward = [r.task.signature for r in capture(Norms(), (x,), training=True)]
+    assert backward.count("layer_norm_backward") == 3 and backward.count("layer_norm") == 3
+
+
+def test_capture_leaves_the_model_as_it_was(script: Evaluations) -> None:
+    model = Norms()
+    model.linear.weight.grad = gradient = torch.ones(8, 32)
+    state = torch.get_rng_state()
+    capture(model, (torch.zeros(4, 32),), training=True)
+    assert model.batch.num_batches_tracked == 0 and torch.equal(model.batch.running_mean, torch.zeros(8))
+    assert model.linear.weight.grad is gradient and torch.equal(torch.get_rng_state(), state)
+
+
+def test_capture_sees_every_graph_of_a_model_with_a_break(script: Evaluations) -> None:
+    norm = nn.LayerNorm(8)
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = norm(x)
+        torch._dynamo.graph_break()
+        return torch.softmax(x, -1)
+
+    graphs = capture_graphs(broken, [Call((torch.randn(2, 8),))])
+    assert [[task.signature for task in graph.tasks] for graph in graphs] == [["layer_norm"], ["softmax"]]
+
+
+def test_dynamic_dimensions_give_symbolic_tasks(script: Evaluations) -> None:
+    x = torch.randn(4, 32)
+    (graph,) = capture_graphs(nn.LayerNorm(32), [Call((x,), dynamic_dims={0: [0]})])
+    assert graph.tasks[0].is_dynamic and graph.tasks[0].inputs[0].shape[1] == 32
+    with pytest.raises(LLMKernelsError, match=r"argument 0 has no dimensions \[5\].*0: 2 dimensions"):
+        capture_graphs(nn.LayerNorm(32), [Call((x,), dynamic_dims={0: [5]})])
+
+
+def test_inputs_on_another_device_are_named(script: Evaluations) -> None:
+    with pytest.raises(LLMKernelsError, match="argument 0 is on meta, the model on cpu; move one of them"):
+        precompile(nn.LayerNorm(8), (torch.randn(2, 8, device="meta"),))
+
+
+def test_the_plan_counts_equal_tasks_once_and_orders_by_worth(script: Evaluations) -> None:
+    report = precompile(Norms().eval(), (torch.randn(4, 32),), dry_run=True)
+    worths = [region.worth for region in report.regions]
+    assert worths == sorted(worths, reverse=True)
+    assert {(r.task.signature, r.task.inputs[0].shape[-1]): r.count for r in report.regions}[("layer_norm", 32)] == 2
+
+
+@needs_compiler
+def test_a_dry_run_verifies_nothing_and_estimates(script: Evaluations) -> None:
+    report = precompile(Norms().eval(), (torch.randn(4, 32),), dry_run=True)
+    assert script.asked == [] and not report.complete
+    assert sum(region.seconds for region in report.regions if region.is_open) > 0
+    assert "will verify" in str(report) and "to decide: 2 regions" in str(report)
+
+
+@needs_compiler
+def test_decisions_are_remembered_and_not_made_again(script: Evaluations) -> None:
+    model, x = Norms().eval(), torch.randn(4, 32)
+    first = precompile(model, (x,))
+    assert len(script.asked) == 2 and first.complete and len(first.swapped) == 2
+    again = precompile(model, (x,))
+    assert len(script.asked) == 2 and again.swapped == first.swapped
+    assert "whole model: Inductor 2.000 ms, with 2 swaps 1.000 ms: 2.00x" in str(again)
+
+
+@needs_compiler
+def test_an_interrupted_precompilation_goes_on_where_it_was(script: Evaluations) -> None:
+    model, x = Norms().eval(), torch.randn(4, 32)
+    script.interrupt_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        precompile(model, (x,))
+    script.interrupt_at = -1
+    assert precompile(model, (x,)).complete
+    assert len(script.asked) == len(set(script.asked)) == 2
+
+
+@needs_compiler
+def test_what_the_budget_does_not_cover_stays_open(script: Evaluations) -> None:
+    report = precompile(Norms().eval(), (torch.randn(4, 32),), budget=0)
+    assert script.asked == [] and not report.complete and not report.swapped
+    assert "the budget ended before 2 regions; run it again" in str(report)
+
+
+def test_a_model_without_regions_is_said_to_have_none(script: Evaluations) -> None:
+    report = precompile(nn.Tanh(), (torch.randn(4),))
+    assert report.complete and report.regions == () and "no swaps" in str(report)
+
+
+@needs_compiler
+def test_winners_are_exported(script: Evaluations, tmp_path: Path) -> None:
+    report = precompile(Norms().eval(), (torch.randn(4, 32),), export=tmp_path / "model.llmk")
+    names = zipfile.ZipFile(report.exported).namelist()
+    assert sum(name.startswith("records/") for name in names) == 2
+
+
+def test_a_difference_counts_only_beyond_the_noise() -> None:
+    steady = [1.0 + 0.001 * (i % 5) for i in range(25)]
+    assert Paired.of([1.1 * t for t in steady], steady).second_is_faster
+    assert not Paired.of(steady, steady).second_is_faster
+    noisy = [1.0, 2.0, 0.5, 1.5, 0.8] * 5
+    assert not Paired.of([1.05 * a for a in noisy], noisy[::-1]).second_is_faster
+
+
+@pytest.fixture
+def two_winners(script: Evaluations) -> tuple[nn.Module, Any, dict[int, str], dict[str, Record]]:
+    """A model, its graphs, its layer norms' keys by width, and a record for each."""
+    model = Norms().eval()
+    graphs = capture_graphs(model, [Call((torch.randn(4, 32),))])
+    tasks = {t.inputs[0].shape[-1]: t for t in graphs[0].tasks if t.signature == "layer_norm"}
+    records = {
+        t.key: Record(t, "layer_norm", KERNEL.read_text(), (), "cpu-test", evaluation(), "library") for t in tasks.values()
+    }
+    return model, graphs, {width: task.key for width, task in tasks.items()}, records
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, cost: Callable[[frozenset[str]], float]) -> None:
+    """Variants take the milliseconds that `cost` says of what is left out, instead of being compiled."""
+    monkeypatch.setattr(Variants, "step", lambda self, vetoed: None)
+    monkeypatch.setattr(Variants, "compare", lambda self, a, b, max_s: Paired(cost(a), cost(b), cost(a) / cost(b), 0.01))
+
+
+def test_a_swap_that_slows_the_whole_model_down_is_vetoed(two_winners, monkeypatch) -> None:
+    model, graphs, keys, records = two_winners
+    scripted(monkeypatch, lambda vetoed: 5.0 + (keys[8] not in vetoed) - 2.0 * (keys[32] not in vetoed))
+    (decision,) = measure(model, [Call()], graphs, records)
+    assert dict(decision.vetoed).keys() == {keys[8]} and dict(decision.swapped).keys() == {keys[32]}
+    assert decision.speedup == pytest.approx(5.0 / 3.0)
+
+
+def test_nothing_is_swapped_if_the_whole_model_gains_nothing(two_winners, monkeypatch) -> None:
+    model, graphs, _, records = two_winners
+    scripted(monkeypatch, lambda vetoed: 1.0)
+    (decision,) = measure(model, [Call()], graphs, records)
+    assert dict(decision.vetoed).keys() == set(records) and not decision.swapped
+
+
+def test_the_backend_heeds_a_veto_for_the_kernel_that_was_measured(two_winners) -> None:
+    _, graphs, keys, records = two_winners
+    request = read_request(None, None)
+    tasks = [task for task in graphs[0].tasks if task.key in records]
+    decisions = [resolve.Decision(records[task.key], "swapped: it wins alone") for task in tasks]
+    key = graph_key(tasks, request)
+    vetoed = ((keys[8], record_digest(records[keys[8]])),)
+    kept = ((keys[32], record_digest(records[keys[32]])),)
+    graph_decision.remember(GraphDecision(key, kept, vetoed, 5.0, 4.0, 0.01), "cpu", request.settings)
+
+    def outcome(task: Any, decisions: Any, request: Any) -> dict[str, Any]:
+        return {t.key: d for t, d in zip(task, graph_decision.apply(task, decisions, request), strict=True)}
+
+    applied = outcome(tasks, decisions, request)
+    assert applied[keys[8]].record is None and "faster without" in applied[keys[8]].reason
+    assert applied[keys[32]].record and "whole model 1.25x Inductor" in applied[keys[32]].reason
+
+    edited = dataclasses.replace(records[keys[8]], kernel_text=KERNEL.read_text() + "// faster now\n")
+    newer = [dataclasses.replace(d, record=edited) if d.record is records[keys[8]] else d for d in decisions]
+    assert outcome(tasks, newer, request)[keys[8]].record is edited
+    everything = read_request(None, {"swap": "correct"})
+    assert outcome(tasks, decisions, everything)[keys[8]].record
+
+
+def test_variants_swap_what_they_are_told(two_winners) -> None:
+    _, graphs, keys, records = two_winners
+    tasks = [task for task in graphs[0].tasks if task.key in records]
+    decisions = [resolve.Decision(records[task.key], "swapped") for task in tasks]
+    with graph_decision.forcing(frozenset({keys[32]})):
+        applied = graph_decision.apply(tasks, decisions, read_request(None, None))
+    assert [d.record is not None for d in applied] == [task.key != keys[32] for task in tasks]
+
+
+SECOND_PROCESS = """
+import socket, sys
+import torch
+from torch import nn
+from torch_llmkernels import registry, resolve
+from torch_llmkernels.kernels.targets import target_for
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a warm start must not do this")
+
+socket.socket.connect = resolve.evaluate = target_for("cpu").compile = refuse
+torch.manual_seed(0)
+model, x = nn.LayerNorm(32), torch.randn(4, 32)
+with torch.no_grad():
+    y = torch.compile(model, backend="llmkernels", options={"strict": True})(x)
+torch.testing.assert_close(y, model(x))
+assert [region.swapped for graph in registry.report() for region in graph.regions] == [True]
+assert "openai" not in sys.modules and "torch_llmkernels.search" not in sys.modules
+"""
+
+
+@needs_compiler
+def test_a_second_process_starts_warm(script: Evaluations, monkeypatch) -> None:
+    """No verification, none of our compilers, no network: they are made to fail."""
+    monkeypatch.setattr(run, "build_all", BUILD_ALL)
+    torch.manual_seed(0)
+    precompile(nn.LayerNorm(32), (torch.randn(4, 32),))
+    done = subprocess.run([sys.executable, "-c", SECOND_PROCESS], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+BUILD_ALL = run.build_all
+
+FACTORY = """
+import torch
+
+def make():
+    return torch.nn.LayerNorm(16), (torch.randn(2, 16),)
+
+def broken():
+    raise ValueError("no weights here")
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Path:
+    path = tmp_path / "factory.py"
+    path.write_text(FACTORY)
+    return path
+
+
+def test_command_prints_the_plan_for_several_shapes(script: Evaluations, factory: Path, capsys) -> None:
+    assert main(["precompile", f"{factory}:make", "--dry-run", "--input", "3x16", "--input", "5x16"]) == 0
+    out = capsys.readouterr().out
+    assert "2 graphs" in out and "3x16 f32" in out and "layer_norm" in out
+
+
+def test_command_reports_a_factory_that_raises(script: Evaluations, factory: Path, capsys) -> None:
+    assert main(["precompile", f"{factory}:broken"]) == 1
+    assert "raised ValueError: no weights here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--input", "3xb"], ["--input", "3:floaty"], ["--dynamic", "0"]])
+def test_command_explains_wrong_inputs(script: Evaluations, factory: Path, wrong: list[str], capsys) -> None:
+    assert main(["precompile", f"{factory}:make", *wrong]) == 2
+    assert "such as" in capsys.readouterr().err
+
+
+def test_settings_of_the_call_reach_the_lookup(script: Evaluations) -> None:
+    with settings.override(swap="none"):
+        report = precompile(nn.LayerNorm(16), (torch.randn(2, 16),))
+    assert report.regions == () and script.asked == []
+
+
+def test_one_variant_runs_as_the_user_would_run_it() -> None:
+    """The step that is timed runs every call, backwards too, and leaves no gradients."""
+    model, seen = nn.Linear(4, 4), []
+    model.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
+    step = whole_graph.step_of(model, model, [Call((torch.ones(1, 4),)), Call((torch.ones(2, 4),))], training=True)
+    step()
+    assert seen == [1, 2] and model.weight.grad is None
