@@ -246,6 +246,9 @@ class TestPresets:
         assert parents == ["", "r1.s0.i0.v0.a0", "r2.s0.i0.v0.a0", "r3.s0.i0.v0.a0"]
 
 
+SHORT = SMALL.replaced({"ideas": 1})  # two rounds, a repair and a known kernel, in as few events as can be
+
+
 class Killed(BaseException):
     """Stands for `kill -9`."""
 
@@ -272,7 +275,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, count: int, torn: bool) -> None:
 class TestResume:
     @pytest.fixture
     def whole(self, tmp_path_factory) -> tuple[dict[str, object], int, int]:
-        engine, model, _ = searched(tmp_path_factory.mktemp("whole"), bank=(("known", kernel("2.9")),))
+        engine, model, _ = searched(tmp_path_factory.mktemp("whole"), settings=SHORT, bank=(("known", kernel("2.9")),))
         return state(engine), len(engine.run.journal.events), len(model.slots)
 
     @pytest.mark.parametrize("torn", [False, True], ids=["before", "torn"])
@@ -285,10 +288,10 @@ class TestResume:
             with patch.context() as inside:
                 kill_at(inside, count, torn)
                 with pytest.raises(Killed):
-                    open_engine(folder, SMALL, model, pool, bank=bank).drive()
+                    open_engine(folder, SHORT, model, pool, bank=bank).drive()
             kept = {e["id"] for e in Journal(folder / "journal.jsonl").events if e["event"] == "reply"} if count > 1 else set()
             asked = Counter(model.calls)
-            again = open_engine(folder, SMALL, model, pool, bank=bank)
+            again = open_engine(folder, SHORT, model, pool, bank=bank)
             again.drive()
             assert state(again) == expected, f"killed at event {count}"
             assert all(model.calls[i] == asked[i] for i in kept), f"killed at event {count}: a reply was paid twice"
@@ -302,11 +305,12 @@ class TestResume:
             "from scripted_search import *\n"
             "answer = lambda role, slot: os._exit(9) if slot == 'r2.s0.i0.v1.a0' else default_answer(role, slot)\n"
             "bank = (('known', kernel('2.9')),)\n"
-            f"open_engine(Path({str(tmp_path)!r}), SMALL, ScriptedModel(answer), ScriptedPool(), bank=bank).drive()\n"
+            "short = SMALL.replaced({'ideas': 1})\n"
+            f"open_engine(Path({str(tmp_path)!r}), short, ScriptedModel(answer), ScriptedPool(), bank=bank).drive()\n"
         )
         ended = subprocess.run([sys.executable, "-c", script], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert ended.returncode == 9
-        engine, model, _ = searched(tmp_path, bank=(("known", kernel("2.9")),))
+        engine, model, _ = searched(tmp_path, settings=SHORT, bank=(("known", kernel("2.9")),))
         assert state(engine) == whole[0]
         assert not any(slot.startswith("r1") for slot in model.slots)
 

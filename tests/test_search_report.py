@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -55,7 +56,9 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    engine = open_engine(tmp_path / "run", SMALL, ScriptedModel(default_answer), ScriptedPool(), bank=(("known", kernel("2.95")),))
+    engine = open_engine(
+        tmp_path / "run", SMALL, ScriptedModel(default_answer), ScriptedPool(), bank=(("known", kernel("2.95")),)
+    )
     engine.drive()
     return engine.run
 
@@ -97,7 +100,9 @@ class TestReport:
             text = HOSTILE + slot
             return ideas_reply(text) if role == "ideas" else code_reply("2.0").replace("for (", f"// {text}\n    for (")
 
-        engine = open_engine(tmp_path / HOSTILE.replace("/", ""), SMALL, ScriptedModel(answer), ScriptedPool(), facts={"name": HOSTILE})
+        engine = open_engine(
+            tmp_path / HOSTILE.replace("/", ""), SMALL, ScriptedModel(answer), ScriptedPool(), facts={"name": HOSTILE}
+        )
         engine.drive()
         page = Page(render_html(engine.run))
         assert "script" not in page.tags and page.words.count(HOSTILE) > 5
@@ -153,8 +158,8 @@ class TestCommands:
         task, device, folder = tmp_path / "task.json", tmp_path / "device.json", tmp_path / "run"
         task.write_text(json.dumps(tasks.relu_add_task().to_json()))
         device.write_text(json.dumps({"facts": FACTS, "ceilings": CEILINGS}))
-        start = ["search", "start", str(task), "--folder", str(folder), "--provider", "exchange", "--device-file", str(device)]
-        assert main([*start, "--set", "rounds=1", "--set", "variants=1", "--no-bank"]) == 0
+        start = ["search", "start", str(task), "--folder", str(folder), "--provider", "exchange"]
+        assert main([*start, "--device-file", str(device), "--set", "rounds=1", "--set", "variants=1", "--no-bank"]) == 0
         (prompt,) = (folder / "exchange" / "prompts").iterdir()
         assert "at most" in (said := capsys.readouterr().out) and "answer 1 prompts" in said
         (folder / "exchange" / "replies" / prompt.name).write_text(ideas_reply("vectorise", "unroll"))
@@ -206,8 +211,8 @@ class TestCommands:
 
 
 FACTS = {
-    "target": "cpu", "kind": "cpu-test", "name": "a processor", "arch": "x86_64", "sms": 2, "smem_per_block": 0, "l2_bytes": 1 << 20,
-    "threads": 2, "max_threads_per_sm": 1, "regs_per_sm": 0, "memory_bytes": 1 << 33, "driver": "", "unit": "a processor",
+    "target": "cpu", "kind": "cpu-test", "name": "a processor", "arch": "x86_64", "sms": 2, "smem_per_block": 0,
+    "l2_bytes": 1 << 20, "threads": 2, "max_threads_per_sm": 1, "regs_per_sm": 0, "memory_bytes": 1 << 33, "driver": "", "unit": "a processor",
 }  # fmt: skip
 CEILINGS = {"copy": 1e10, "cache": 1e11, "fp32": 1e11, "tf32": 1e11, "fp16": 1e12}
 
@@ -224,7 +229,7 @@ class TestProgress:
             engine.progress = shown
             engine.drive()
         lines = capsys.readouterr().err.splitlines()
-        assert len(lines) > 5 and all(a != b for a, b in zip(lines, lines[1:], strict=False))
+        assert len(lines) > 5 and all(a != b for a, b in itertools.pairwise(lines))
 
 
 def test_a_run_never_holds_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
     )
     return _render(
         "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, start=start,
-        history=history_section(tree, number), families="\n".join(f"- {f}" for f in FAMILIES),
+        history=history_section(tree, number), families="; ".join(FAMILIES),
     )  # fmt: skip
 
 
@@ -152,43 +152,66 @@ def _tensor_row(spec: TensorSpec, role: str, constant: bool) -> str:
     return f"| `{spec.name}` | {role} | {spec.dtype} | {list(spec.shape)} | {list(spec.stride)} | {', '.join(notes)} |"
 
 
+_PRODUCTS = {
+    "ieee": "float32 products keep full float32 accuracy, so plain TF32 or half-precision products are too coarse; an "
+    "error-compensated split over tensor cores is welcome where its error is no larger than eager's",
+    "tf32": "float32 products may be computed in TF32",
+    "bf16": "float32 products may be computed in bfloat16",
+}
+
+
 def _numerics(task: Task) -> str:
-    policy = task.numerics
-    words = {"ieee": "float32 products must keep full float32 accuracy (no plain TF32 or half-precision products; an "
-                     "error-compensated split over tensor cores is welcome if its error is no worse)",
-             "tf32": "float32 products may be computed in TF32",
-             "bf16": "float32 products may be computed in bfloat16"}  # fmt: skip
-    lines = [f"Numerics policy: matmul {policy.matmul}, convolution {policy.conv}; {words.get(policy.matmul, policy.matmul)}."]
+    policy, lines = task.numerics, []
+    conv = any("convolution" in node.op for node in task.program)
+    if conv or any(part in node.op for node in task.program for part in ("mm", "attention")):
+        lines.append(f"Numerics policy: {_PRODUCTS[policy.conv if conv else policy.matmul]}.")
+        if policy.reduced_precision_reduction:
+            lines.append("Half-precision products may accumulate in half precision.")
     if policy.deterministic:
         lines.append("Two runs must agree bit for bit: no floating-point atomics, no order that depends on timing.")
     return " ".join(lines)
 
 
-_LABELS = {
-    "name": "device", "arch": "architecture", "sms": "SMs or cores", "smem_per_block": "shared memory per block (bytes)",
-    "l2_bytes": "last-level cache (bytes)", "threads": "threads per block at most, or CPU threads",
-    "max_threads_per_sm": "resident threads per SM", "regs_per_sm": "registers per SM", "memory_bytes": "memory (bytes)",
+_LABELS: dict[str, dict[str, str]] = {
+    "cuda": {
+        "name": "device", "arch": "architecture", "sms": "multiprocessors",
+        "smem_per_block": "shared memory a block may opt in to (bytes)", "l2_bytes": "L2 cache (bytes)",
+        "threads": "most threads of a block", "max_threads_per_sm": "resident threads of a multiprocessor",
+        "regs_per_sm": "32-bit registers of a multiprocessor", "memory_bytes": "memory (bytes)",
+    },
+    "cpu": {
+        "name": "processor", "arch": "instruction set", "threads": "threads (cores that may be used)",
+        "l2_bytes": "L2 cache of one core (bytes)", "memory_bytes": "memory (bytes)",
+    },
 }  # fmt: skip
 
 
 _CEILINGS = {
-    "copy": ("memory bandwidth, bytes read plus written", "GB/s", 1e9),
-    "cache": ("the same while the data stays in cache", "GB/s", 1e9),
-    "fp32": ("strict float32 matrix product", "TFLOP/s", 1e12),
-    "tf32": ("float32 matrix product with TF32 allowed", "TFLOP/s", 1e12),
-    "fp16": ("float16 matrix product", "TFLOP/s", 1e12),
+    "cuda": (
+        ("copy", "memory bandwidth, bytes read plus written", "GB/s", 1e9),
+        ("fp32", "strict float32 matrix product", "TFLOP/s", 1e12),
+        ("tf32", "float32 matrix product with TF32 allowed", "TFLOP/s", 1e12),
+        ("fp16", "float16 matrix product on tensor cores", "TFLOP/s", 1e12),
+    ),
+    "cpu": (
+        ("copy", "memory bandwidth, bytes read plus written", "GB/s", 1e9),
+        ("cache", "the same while the data stays in cache, all threads", "GB/s", 1e9),
+        ("fp32", "float32 matrix product, all threads", "GFLOP/s", 1e9),
+    ),
 }
 
 
 def device_section(goal: Goal) -> str:
     """The device's facts, and the ceilings that were measured on it."""
-    lines = [f"- {_LABELS[name]}: {goal.facts[name]}" for name in _LABELS if goal.facts.get(name) not in (None, 0, "")]
-    measured = {name: goal.ceilings[name] for name in _CEILINGS if goal.ceilings.get(name)}
+    target = goal.task.device
+    labels = _LABELS[target]
+    lines = [f"- {labels[name]}: {goal.facts[name]}" for name in labels if goal.facts.get(name)]
+    measured = [
+        (words, goal.ceilings[name] / scale, unit) for name, words, unit, scale in _CEILINGS[target] if goal.ceilings.get(name)
+    ]
     if measured:
         lines += ["", "Measured here with simple programs, so ceilings in practice:"]
-        lines += [
-            f"- {_CEILINGS[name][0]}: {value / _CEILINGS[name][2]:.4g} {_CEILINGS[name][1]}" for name, value in measured.items()
-        ]
+        lines += [f"- {words}: {value:.4g} {unit}" for words, value, unit in measured]
     return "\n".join(lines)
 
 

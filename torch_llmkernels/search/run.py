@@ -108,9 +108,7 @@ class Run:
             except ValueError as error:
                 raise SchemaError(f"{path} is not JSON ({error}); restore it from a copy of the run") from None
             if goal is not None and goal.task.key != known.task.key:
-                raise SearchError(
-                    f"{self.directory} holds a search for another task ({known.task.signature} {known.task.key})"
-                )
+                raise SearchError(f"{self.directory} holds a search for another task ({known.task.signature} {known.task.key})")
             return known
         if goal is None:
             raise SearchError(f"{self.directory} holds no search (no run.json); make one with `llmkernels search start`")
