@@ -122,7 +122,7 @@ def _judged(task: Task, decision: Decision, known: GraphDecision) -> Decision:
         return decision
     measured = record_digest(decision.record)
     if dict(known.vetoed).get(task.key) == measured:
-        return _without(decision, f"kept Inductor: the whole model is faster without {decision.record.kernel_name}")
+        return _without(decision, f"kept Inductor: {decision.record.kernel_name} wins alone, the whole model gains nothing")
     if dict(known.swapped).get(task.key) == measured:
         return dataclasses.replace(decision, reason=f"{decision.reason}; whole model {known.speedup:.2f}x Inductor")
     return decision

@@ -24,6 +24,7 @@ from torch_llmkernels.cache import bundle
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, untouched
+from torch_llmkernels.errors import SettingsError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
 from torch_llmkernels.kernels.source import parse_kernel
@@ -117,8 +118,10 @@ def precompile(
 
     Raises:
         LLMKernelsError: for arguments on another device than the model.
-        SettingsError: for an unknown mode or option.
+        SettingsError: for an unknown mode or option, or both at once.
     """
+    if mode and options:
+        raise SettingsError("torch.compile takes mode= or options=, not both; write the mode's options out")
     begin = time.monotonic()
     settings = knobs.current().updated(_ours(options))
     calls = [Call(tuple(a), kwargs or {}, dynamic_dims or {}) for a in (args, *more_inputs)]

@@ -76,7 +76,7 @@ def outcome(region: PlannedRegion, report: PrecompileReport) -> str:
         what = "search" if region.state == "search" else "verify"
         return f"{'will' if report.dry_run else 'still to'} {what}: about {region.seconds:.0f} s{_tokens(region.tokens)}"
     if region.task.key in report.winners and region.task.key not in report.swapped:
-        return "kept Inductor: the whole model is faster without it"
+        return "kept Inductor: the kernel wins alone, the whole model gains nothing"
     if region.decision is None:
         return f"kept Inductor: no kernel implements {region.task.signature} for this task on {region.task.device}"
     return region.decision.reason
@@ -110,7 +110,8 @@ def graph_lines(report: PrecompileReport) -> list[str]:
         return ["no swaps: the model compiles exactly as with Inductor"] if not report.winners else []
     graph: Any = report.graphs[0]  # all graphs of a model are measured together
     if not report.swapped:
-        return [f"no swaps: with them the whole model runs at {graph.inductor_ms:.3f} ms or more under Inductor alone"]
+        lost = f"{graph.swapped_ms:.3f} ms with swaps, {graph.inductor_ms:.3f} ms with Inductor alone (noise {graph.noise:.1%})"
+        return [f"no swaps: the whole model gains nothing by them: {lost}"]
     return [
         f"whole model: Inductor {graph.inductor_ms:.3f} ms, with {len(report.swapped)} swaps {graph.swapped_ms:.3f} ms: "
         f"{graph.speedup:.2f}x (noise {graph.noise:.1%})"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from torch_llmkernels import graph_decision
+from torch_llmkernels import graph_decision, registry
 from torch_llmkernels.backend import llmkernels
 from torch_llmkernels.capture import Call, CapturedGraph, fresh_dynamo, untouched
 from torch_llmkernels.errors import LLMKernelsError
@@ -194,10 +194,14 @@ def _variant(vetoed: frozenset[str]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _room_for_variants(count: int) -> Iterator[None]:
-    config = torch._dynamo.config
-    with config.patch(recompile_limit=config.recompile_limit + count * 8):
+def _aside(variants: int) -> Iterator[None]:
+    """Room in Dynamo's cache for that many variants of every graph; their reports do not outlive the measurement."""
+    config, reports = torch._dynamo.config, registry.report()
+    with config.patch(recompile_limit=config.recompile_limit + variants * 8):
         yield
+    registry.clear()
+    for report in reports:
+        registry.add(report)
 
 
 def measure(
@@ -231,7 +235,7 @@ def measure(
     deadline = time.monotonic() + budget_s
     variants = Variants(model, calls, device, training, compile_options or {})
     inductor = frozenset(groups)
-    with fresh_dynamo(), untouched(model), _room_for_variants(len(groups) + 2), torch.set_grad_enabled(training):
+    with fresh_dynamo(), untouched(model), _aside(len(groups) + 2), torch.set_grad_enabled(training):
         best = frozenset[str]()
         variants.step(inductor)
         variants.step(best)
