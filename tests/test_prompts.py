@@ -121,6 +121,11 @@ class TestWhatTheModelIsTold:
         ):
             assert words in model.prompts["r2.s0.ideas.a0"]
 
+    def test_without_a_seed_kernels_of_neighbouring_signatures_are_shown(self) -> None:
+        where = goal(neighbours=(("add_gelu", kernel("1.0")),))
+        assert "`add_gelu`" in first_ideas(where)[1] and kernel("1.0").strip() in first_ideas(where)[1]
+        assert kernel("1.0").strip() in render.code_prompt(where, Tree(where.settings), node(), 0)[1]
+
     def test_what_lost_is_told_with_its_reason(self, tmp_path: Path) -> None:
         model = ScriptedModel(lambda role, slot: ideas_reply(f"{slot} idea") if role == "ideas" else code_reply("wrong"))
         open_engine(tmp_path, model=model, pool=ScriptedPool()).drive()

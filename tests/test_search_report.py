@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch_llmkernels.search.run import Run
 from torch_llmkernels.task import Task
 
 VOID = {"meta"}
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>alert(1)</script> & \"quotes\" 'too'"
 
 
@@ -94,6 +97,18 @@ class TestReport:
 
     def test_it_follows_the_readers_colour_scheme(self, run: Run) -> None:
         assert "prefers-color-scheme: dark" in render_html(run) and "color-scheme: light dark" in render_html(run)
+
+    @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+    def test_a_browser_shows_it_in_light_and_in_dark(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "report.html").write_text(render_html(run))
+        shots = []
+        for scheme in ("0", "1"):
+            shot = tmp_path / f"{scheme}.png"
+            options = ["--headless", "--no-sandbox", "--disable-gpu", f"--blink-settings=preferredColorScheme={scheme}"]
+            command = [str(BROWSER), *options, f"--user-data-dir={tmp_path / scheme}", f"--screenshot={shot}"]
+            subprocess.run([*command, f"file://{tmp_path / 'report.html'}"], check=True, capture_output=True, timeout=120)
+            shots.append(shot.read_bytes())
+        assert all(len(shot) > 10_000 for shot in shots) and shots[0] != shots[1]
 
     def test_whatever_a_model_wrote_is_text(self, tmp_path: Path) -> None:
         def answer(role: str, slot: str) -> str:
@@ -201,8 +216,6 @@ class TestCommands:
         assert "another process" in capsys.readouterr().err
 
     def test_extend_and_merge(self, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        import shutil
-
         shutil.copytree(run.directory, tmp_path / "copy")
         assert main(["search", "extend", str(tmp_path / "copy"), "rounds=3"]) == 0
         assert main(["search", "merge", str(run.directory), str(tmp_path / "copy")]) == 0
@@ -212,7 +225,8 @@ class TestCommands:
 
 FACTS = {
     "target": "cpu", "kind": "cpu-test", "name": "a processor", "arch": "x86_64", "sms": 2, "smem_per_block": 0,
-    "l2_bytes": 1 << 20, "threads": 2, "max_threads_per_sm": 1, "regs_per_sm": 0, "memory_bytes": 1 << 33, "driver": "", "unit": "a processor",
+    "l2_bytes": 1 << 20, "threads": 2, "max_threads_per_sm": 1, "regs_per_sm": 0, "memory_bytes": 1 << 33, "driver": "",
+    "unit": "a processor",
 }  # fmt: skip
 CEILINGS = {"copy": 1e10, "cache": 1e11, "fp32": 1e11, "tf32": 1e11, "fp16": 1e12}
 

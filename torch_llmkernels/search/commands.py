@@ -247,7 +247,7 @@ def _goal(args: argparse.Namespace) -> tuple[Path, Goal | None]:
         )
     goal = Goal(
         task, budget.preset(name, **numbers), facts, ceilings, _floor(task, facts, ceilings), () if args.no_bank else bank(task),
-        name, args.provider or chosen.provider, models, args.effort,
+        () if args.no_bank else neighbours(task), name, args.provider or chosen.provider, models, args.effort,
     )  # fmt: skip
     if not goal.provider:
         raise SettingsError("no provider: pass --provider (openai, exchange or replay:JOURNAL) or set LLMKERNELS_PROVIDER")
@@ -286,19 +286,21 @@ def _known_tasks() -> Iterator[Task]:
 
 
 def bank(task: Task) -> tuple[tuple[str, str], ...]:
-    """Known kernels to start from: the library's of the same signature, then of signatures that share its first stage.
-
-    Only kernels that implement the task's own signature can be evaluated on it; the neighbours are shown as they are.
-    """
+    """The library's kernels that serve the task, to start from: name and source of each."""
     from torch_llmkernels.cache.library import default_library
 
-    library = default_library(knobs.current())
-    stages = task.signature.split(".")
-    neighbours = [s for s in library.signatures() if s != task.signature and s.split(".")[0] == stages[0]]
-    kernels = [
-        kernel for signature in (task.signature, *sorted(neighbours)) for kernel in library.kernels(signature, task.device)
-    ]
+    kernels = default_library(knobs.current()).kernels(task.signature, task.device)
     return tuple((kernel.name, kernel.text) for kernel in kernels if kernel.why_not(task) is None)
+
+
+def neighbours(task: Task, limit: int = 2) -> tuple[tuple[str, str], ...]:
+    """Library kernels of signatures that share a stage with the task's, those that share most first: name and source of each."""
+    from torch_llmkernels.cache.library import default_library
+
+    library, stages = default_library(knobs.current()), set(task.signature.split("."))
+    shared = {s: len(stages & set(s.split("."))) for s in library.signatures() if s != task.signature}
+    near = sorted((s for s, count in shared.items() if count), key=lambda s: (-shared[s], s))
+    return tuple((kernel.name, kernel.text) for s in near for kernel in library.kernels(s, task.device))[:limit]
 
 
 def _described(path: Path | None, target: str) -> tuple[dict[str, Any], dict[str, Any]]:

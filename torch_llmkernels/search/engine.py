@@ -468,6 +468,7 @@ class SearchResult:
 def run_search(
     task: Task, settings: SearchSettings, *, provider: Provider, pool: Pool, facts: Mapping[str, Any], directory: Path,
     ceilings: Mapping[str, Any] | None = None, floor: Mapping[str, Any] | None = None, bank: tuple[tuple[str, str], ...] = (),
+    neighbours: tuple[tuple[str, str], ...] = (),
     progress: Progress = lambda engine: None, check: StaticCheck = static_check,
 ) -> SearchResult:  # fmt: skip
     """Search in this process until it ends; a folder that holds an unfinished search of the task is gone on with.
@@ -480,11 +481,12 @@ def run_search(
         facts: `DeviceFacts` as plain JSON.
         directory: The run's folder.
         ceilings, floor: What `evaluate.roofline` says, as plain JSON.
-        bank: Names and sources of kernels to start from.
+        bank: Names and sources of kernels of the task's signature to start from.
+        neighbours: Names and sources of kernels of neighbouring signatures, shown for their techniques.
         progress: Called after every change.
         check: See `Engine`.
     """
-    goal = Goal(task, settings, dict(facts), dict(ceilings or {}), dict(floor or {}), bank)
+    goal = Goal(task, settings, dict(facts), dict(ceilings or {}), dict(floor or {}), bank, neighbours)
     run = open_run(directory, goal)
     engine = Engine(run, provider=provider, pool=pool, check=check, progress=progress)
     engine.drive()

@@ -32,11 +32,8 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
         seed: The kernel to improve; None asks for first designs.
         number: The round, from 1.
     """
-    start = (
-        seed_section(tree, seed)
-        if seed
-        else "There is no kernel to start from yet: propose complete designs, as different from each other as can be."
-    )
+    fresh = "There is no kernel to start from yet: propose complete designs, as different from each other as can be."
+    start = seed_section(tree, seed) if seed else fresh_section(goal, fresh)
     return _render(
         "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, start=start,
         history=history_section(tree, number), families="; ".join(FAMILIES),
@@ -46,7 +43,7 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
 def code_prompt(goal: Goal, tree: Tree, node: IdeaNode, variant: int) -> tuple[str, str]:
     """The system text and the request for one implementation of an idea."""
     seed = tree.candidates.get(node.seed)
-    start = seed_section(tree, seed) if seed else "There is no kernel to start from: write it from scratch."
+    start = seed_section(tree, seed) if seed else fresh_section(goal, "There is no kernel to start from: write it from scratch.")
     return _render(
         "candidate.md", goal, start=start, idea=idea_section(node), variation=_variation(variant, goal.settings.variants)
     )
@@ -225,6 +222,14 @@ def floor_section(goal: Goal) -> str:
         moved, gflop = _bytes(int(goal.floor.get("bytes", 0))), float(goal.floor.get("flops", 0)) / 1e9
         text += f", bound by {side}: {moved} must move (every input and output once), {gflop:.4g} GFLOP must be done"
     return f"{text}."
+
+
+def fresh_section(goal: Goal, words: str) -> str:
+    """What stands in a seed's place where there is none: how to begin, and accepted kernels of neighbouring signatures."""
+    shown = [f"`{_cell(name)}`:\n{fence(text, 'cpp')}" for name, text in goal.neighbours]
+    if not shown:
+        return words
+    return "\n\n".join([words, "Kernels that were accepted for neighbouring signatures, for their techniques:", *shown])
 
 
 def seed_section(tree: Tree, seed: Candidate) -> str:

@@ -85,7 +85,9 @@ def _header(run: Run, title: str) -> str:
         )
     ]
     if evaluation is not None and evaluation.time_ms:
-        tiles += [(f"{ms / evaluation.time_ms:.2f}x", f"of {name} ({ms:.4g} ms)") for name, ms in evaluation.baselines_ms]
+        tiles += [
+            (f"{ms / evaluation.time_ms:.2f}x", f"the speed of {name} ({ms:.4g} ms)") for name, ms in evaluation.baselines_ms
+        ]
         if run.goal.floor_ms:
             tiles.append((f"{run.goal.floor_ms / evaluation.time_ms:.0%}", f"of the floor ({run.goal.floor_ms:.4g} ms)"))
     correct = len(tree.ranking())

@@ -29,7 +29,8 @@ class Goal:
         facts: `kernels.device.DeviceFacts` of the device, as plain JSON.
         ceilings: `evaluate.roofline` ceilings measured on it, as plain JSON; empty if they were not.
         floor: `evaluate.roofline.Floor` of the task there, as plain JSON; empty if unknown.
-        bank: Accepted kernels to start from: name, source and constants of each.
+        bank: Accepted kernels of the same signature, which compete from the start: name and source of each.
+        neighbours: Accepted kernels of neighbouring signatures, which are shown for their techniques: name and source of each.
         preset: Name of the preset the settings came from, for people.
         provider: How the run was started (`exchange`, `openai`, `replay:...`), for going on in the same way.
         models: For `openai`: the models with weights and endpoints, no keys.
@@ -42,6 +43,7 @@ class Goal:
     ceilings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     floor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bank: tuple[tuple[str, str], ...] = ()
+    neighbours: tuple[tuple[str, str], ...] = ()
     preset: str = ""
     provider: str = ""
     models: str = ""
@@ -51,7 +53,8 @@ class Goal:
         """Plain JSON; `from_json` reads it back."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"schema": SCHEMA, **plain, "task": self.task.to_json(), "settings": self.settings.to_json(),
-                "bank": [list(row) for row in self.bank]}  # fmt: skip
+                "bank": [list(row) for row in self.bank],
+                "neighbours": [list(row) for row in self.neighbours]}  # fmt: skip
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Goal:
@@ -70,7 +73,8 @@ class Goal:
             raise SchemaError(f"run.json is damaged: no field {error}") from error
         values["task"] = Task.from_json(plain["task"])
         values["settings"] = SearchSettings().replaced(plain["settings"])
-        values["bank"] = tuple((name, text) for name, text in plain["bank"])
+        for name in ("bank", "neighbours"):
+            values[name] = tuple((title, text) for title, text in plain[name])
         return cls(**values)
 
     @property
