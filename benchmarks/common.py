@@ -48,6 +48,7 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help=f"the result file (default: benchmarks/results/<device kind>/{name}.json)")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="start no further row after this many seconds")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products and convolutions")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the result file and measure the others")
     return parser
 

@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_scale(args)
     results = common.Results("kernelbench", args, key=("problem",))
-    with settings.override(verify_budget_s=600.0):
+    with settings.override(verify_budget_s=600.0), common.tf32(args.tf32):
         for path in problems(args.folder, [o for o in args.only.split(",") if o]):
             name = path.relative_to(args.folder).with_suffix("").as_posix()
             if results.wanted(problem=name):

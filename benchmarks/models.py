@@ -96,8 +96,10 @@ def measure(setting: Setting, modes: Sequence[str], device: str, args: argparse.
         return row | {"skipped": common.one_line(problem)}
     torch._dynamo.reset()
     call = Call(inputs)
-    row["verify_s"] = verify(module, call, setting.training, args)
-    with torch.set_grad_enabled(setting.training), torch._dynamo.config.patch(recompile_limit=64):
+    with common.tf32(args.tf32):
+        row["verify_s"] = verify(module, call, setting.training, args)
+    limit = torch._dynamo.config.patch(recompile_limit=64)
+    with common.tf32(args.tf32), torch.set_grad_enabled(setting.training), limit:
         reference = wide_results(module, inputs, setting.training)
         steps: dict[str, Callable[[], Any]] = {}
         for mode in modes:
@@ -139,9 +141,7 @@ def ready(
     entry["swapped"], entry["kept"] = common.swapped_since(mark), common.reasons_since(mark)
     del found
     step = step_of(compiled, module, [call], training)
-    for _ in range(3):  # CUDA graphs: warm up, then record
-        step()
-    entry["peak_memory"] = peak_memory(step, device)
+    entry["peak_memory"] = peak_memory(step, [*module.parameters(), *module.buffers(), *call.args], device)
     return step
 
 
@@ -164,16 +164,23 @@ def wide_results(module: nn.Module, inputs: Sequence[torch.Tensor], training: bo
     return results(wide, wide, wide_inputs, training)
 
 
-def peak_memory(step: Callable[[], Any], device: str) -> int | None:
-    """Bytes at the peak of one step; None on the CPU, where torch does not count them."""
-    if device != "cuda":
+def peak_memory(step: Callable[[], Any], held: Sequence[torch.Tensor], device: str) -> int | None:
+    """Warm a step up; bytes at its peak: the model, its inputs, and whatever the step added. None on the CPU.
+
+    What other contenders hold at the same time, such as the pools of their CUDA graphs, is not counted.
+    """
+    counting = device == "cuda"
+    if counting:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    for _ in range(3):  # CUDA graphs: warm up, then record
+        step()
+    if not counting:
         return None
-    gc.collect()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before + sum(t.nbytes for t in held)
 
 
 def judged(row: dict[str, Any], samples: dict[str, list[float]], dtype: torch.dtype) -> dict[str, Any]:

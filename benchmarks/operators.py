@@ -36,7 +36,7 @@ PRODUCTS = ("matmul", "conv", "linear", "attention")
 
 def tiers(problems: Sequence[Problem]) -> list[Problem]:
     """The problems, those whose products may use TF32 once more with it allowed."""
-    both = []
+    both: list[Problem] = []
     for problem in problems:
         both.append(problem)
         if problem.dtype is torch.float32 and any(word in problem.name for word in PRODUCTS):
@@ -166,9 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = common.Results("operators", args, key=("problem", "tier"))
     names = args.contenders.split(",")
     with settings.override(verify_budget_s=600.0):
-        for problem in tiers(chosen(args)):
-            if args.device == "cpu" and problem.tf32:
-                continue
+        for problem in chosen(args):
             if results.wanted(problem=problem.name, tier=tier(problem)):
                 common.console.print(f"{problem.name} ({tier(problem)}) ...")
                 results.add(measure(problem, names, args.device, args.quick))
@@ -178,17 +176,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def chosen(args: argparse.Namespace) -> list[Problem]:
-    """The problems that the command line names.
+    """The problems that the command line names, in the tiers it asks for.
 
     Raises:
         SystemExit: for an unknown name.
     """
     if not args.problems:
-        return list(CPU if args.device == "cpu" else (*SEED, *WIDER))
+        return list(CPU) if args.device == "cpu" else tiers((*SEED, *WIDER))
     unknown = [name for name in args.problems.split(",") if name not in PROBLEMS]
     if unknown:
         raise SystemExit(f"unknown problems {', '.join(unknown)}; known: {', '.join(PROBLEMS)}")
-    return [PROBLEMS[name] for name in args.problems.split(",")]
+    named = [PROBLEMS[name] for name in args.problems.split(",")]
+    return [p for p in tiers(named) if p.tf32] if args.tf32 else named if args.device == "cpu" else tiers(named)
 
 
 if __name__ == "__main__":

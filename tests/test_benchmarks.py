@@ -24,7 +24,9 @@ from torch import nn
 
 
 def arguments(tmp_path: Path, **changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"device": "cpu", "out": tmp_path / "r.json", "resume": False, "budget_s": math.inf, **changes})
+    return argparse.Namespace(
+        **{"device": "cpu", "out": tmp_path / "r.json", "resume": False, "budget_s": math.inf, "tf32": False, **changes}
+    )
 
 
 def test_a_result_file_is_complete_after_every_row(tmp_path: Path) -> None:
@@ -120,6 +122,16 @@ def test_a_training_row_compares_gradients_with_float64() -> None:
     found = models.results(model, model, (x,), training=True)
     assert [t.shape for t in found] == [(3, 2), (2, 4), (2,)] and model.weight.grad is None
     assert common.error(found, models.wide_results(model, (x,), training=True)) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_small_model_goes_all_the_way_through(tmp_path: Path) -> None:
+    out = tmp_path / "models.json"
+    models.main(["--device", "cpu", "--small", "--models", "digits", "--precisions", "fp32", "--modes", "default", "--quick",
+                 "--phases", "train", "--out", str(out)])  # fmt: skip
+    (row,) = json.loads(out.read_text())["rows"]
+    assert all(row["modes"][mode]["accurate"] for mode in ("eager", "inductor", "ours"))
+    assert row["gain"]["ours"]["ratio"] > 0 and row["modes"]["ours"]["compilation_latency"] > 0
 
 
 def test_overhead_of_calls_runs_the_kernel(tmp_path: Path, capsys) -> None:

@@ -12,6 +12,7 @@ starts warm: nothing is verified, compiled by us or asked of a language model.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch_llmkernels.cache import bundle
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, untouched
-from torch_llmkernels.errors import SettingsError
+from torch_llmkernels.errors import SearchError, SettingsError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
 from torch_llmkernels.kernels.source import parse_kernel
@@ -35,6 +36,8 @@ from torch_llmkernels.precompilation.whole_graph import measure, median_ms, step
 from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, plan_regions, unverified
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
+
+log = logging.getLogger("torch_llmkernels.precompile")
 
 GRAPH_SHARE = 0.3
 """Part of the budget that is kept for timing the whole graph."""
@@ -182,7 +185,11 @@ def _decide(region: PlannedRegion, settings: Settings, left_s: float) -> Planned
     if settings.provider and region.is_open:
         changes |= {"on_miss": "search", "search_budget_s": min(settings.search_budget_s, left_s)}
     resolver = Resolver(settings.updated(changes))
-    decision = resolver.decide(region.task)
+    try:
+        decision = resolver.decide(region.task)
+    except SearchError as error:  # one region's search must not cost the others theirs
+        log.warning("%s %s stays open: %s", region.task.signature, region.task.key, error)
+        return region
     facts = target_for(region.task.device).facts()
     unfinished = unverified(resolver, region.task, facts, resolver.store.decision(RecordKey.of(region.task, facts)))
     state = "unverified" if unfinished else "miss" if region.state == "miss" else "decided"
