@@ -14,10 +14,11 @@ from torch_llmkernels import settings as knobs
 from torch_llmkernels.errors import SearchError, SettingsError
 from torch_llmkernels.search import budget, journal, progress, render
 from torch_llmkernels.search.candidates import CompileCheck, StaticCheck, static_check
-from torch_llmkernels.search.engine import Engine, extend, open_run, record_of
+from torch_llmkernels.search.engine import Engine, extend, open_run
 from torch_llmkernels.search.ideas import Idea
 from torch_llmkernels.search.llm import Provider, provider_for, write_atomic
 from torch_llmkernels.search.run import Goal, Run
+from torch_llmkernels.search.steps import record_of
 from torch_llmkernels.search.tree import IdeaNode
 from torch_llmkernels.task import Task
 
