@@ -67,7 +67,7 @@ def in_a_process(folder: Path, *scenarios: str) -> tuple[list[dict[str, Any]], s
     env = {
         **os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *sys.path]), "OMP_NUM_THREADS": "1",
         "LLMKERNELS_CACHE_DIR": str(folder / "store"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
-        "TORCH_LOGS": "+torch_llmkernels",
+        "TORCH_LOGS": "+torch_llmkernels", "TORCH_TRACE": str(folder / "trace"),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, __file__, *scenarios], env=env, capture_output=True, text=True, timeout=240, check=False
@@ -96,6 +96,13 @@ def test_a_cold_process_swaps_and_stores(first: tuple[dict[str, Any], str]) -> N
 def test_torch_logs_shows_every_region(first: tuple[dict[str, Any], str]) -> None:
     """`TORCH_LOGS=+torch_llmkernels` works without importing the package first."""
     assert "region layer_norm_backward [" in first[1] and "swapped: it is a test" in first[1]
+
+
+def test_the_structured_trace_holds_the_regions(folder: Path, first: tuple[dict[str, Any], str]) -> None:
+    """What tlparse shows for each graph."""
+    (log,) = (folder / "trace").iterdir()
+    text = log.read_text()
+    assert '"name": "llmkernels_regions"' in text and '"signature": "layer_norm_backward"' in text
 
 
 @pytest.fixture(scope="module")

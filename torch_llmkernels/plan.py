@@ -51,13 +51,16 @@ class Plan:
         """The inverse of `to_bytes`.
 
         Raises:
-            SchemaError: for another schema version.
+            SchemaError: for another schema version or damaged bytes.
         """
-        plain = json.loads(blob)
-        if plain.get("schema") != SCHEMA:
-            raise SchemaError(f"plan schema {plain.get('schema')!r}, this release reads {SCHEMA}")
-        skipped = tuple(RegionReport(signature, "", "", False, reason) for signature, reason in plain["skipped"])
-        return cls(tuple(Task.from_json(t) for t in plain["tasks"]), skipped)
+        try:
+            plain = json.loads(blob)
+            if plain["schema"] != SCHEMA:
+                raise SchemaError(f"plan schema {plain['schema']!r}, this release reads {SCHEMA}")
+            skipped = tuple(RegionReport(signature, "", "", False, reason) for signature, reason in plain["skipped"])
+            return cls(tuple(Task.from_json(t) for t in plain["tasks"]), skipped)
+        except (ValueError, KeyError, TypeError) as error:
+            raise SchemaError(f"plan is damaged: {error!r}") from error
 
 
 _plans: dict[str, Plan] = {}
@@ -114,7 +117,8 @@ def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Req
 def _describe(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {value}"
-    return f"{value.dtype} {tuple(value.shape)} {_strides(value)} {value.device} {value.requires_grad} {type(value).__name__}"
+    device = f"{value.device} {torch.cuda.get_device_capability(value.device) if value.is_cuda else ''}"
+    return f"{value.dtype} {tuple(value.shape)} {_strides(value)} {device} {value.requires_grad} {type(value).__name__}"
 
 
 def _hints(value: Any) -> list[int | None]:

@@ -119,11 +119,17 @@ class Slot:
         self._warned: set[str] = set()
 
     def __call__(self, *args: Any) -> None:
-        if torch.autograd.profiler._is_profiler_enabled:
-            with torch.profiler.record_function(self._range):
+        try:
+            if torch.autograd.profiler._is_profiler_enabled:
+                with torch.profiler.record_function(self._range):
+                    self.fn(*args)
+            else:
                 self.fn(*args)
-        else:
-            self.fn(*args)
+        except (NotApplicable, LaunchError) as error:
+            if self._settings.strict and isinstance(error, LaunchError):
+                raise
+            self._warn(f"runs its reference for some tensors: {error}")
+            self.run_reference(*args)
 
     def workspaces(self, device: torch.device) -> list[torch.Tensor]:
         """Fresh workspaces for one call, uninitialised; empty if the region runs its reference."""
@@ -158,29 +164,17 @@ class Slot:
             return self._launchers[index]
 
     def _build(self, device_type: str, index: int) -> Callable[..., None]:
-        """The kernel's guarded launcher, or the reference if it cannot be built here."""
+        """The kernel's launcher, or the reference if it cannot be built here."""
         try:
             if device_type != self.spec.task.device:
                 raise NotApplicable(f"made for {self.spec.task.device}, called with tensors on {device_type}")
-            return self._guard(build_launcher(self.spec, self._settings, index))
+            return build_launcher(self.spec, self._settings, index)
         except LLMKernelsError as error:
             if self._settings.strict:
                 raise
             self._warn(f"runs its reference: {error}")
             self.reason = str(error)
             return self.run_reference
-
-    def _guard(self, launcher: Callable[..., None]) -> Callable[..., None]:
-        def launch(*args: Any) -> None:
-            try:
-                launcher(*args)
-            except (NotApplicable, LaunchError) as error:
-                if self._settings.strict and isinstance(error, LaunchError):
-                    raise
-                self._warn(f"runs its reference for some tensors: {error}")
-                self.run_reference(*args)
-
-        return launch
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

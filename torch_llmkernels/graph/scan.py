@@ -7,6 +7,7 @@ from torch import fx
 WORDS = (
     "mm", "matmul", "linear", "einsum", "tensordot", "mv", "dot", "inner", "cdist", "corrcoef", "cov",
     "conv", "norm", "rsqrt", "softm", "attention", "entropy", "nll", "pool", "lstm", "gru", "rnn", "cosine",
+    "sum", "mean", "max", "min", "var", "std", "loss",
 )  # fmt: skip
 """Parts of the names of torch functions that contain an anchor once traced to ATen. Too many cost a trace, too few a swap."""
 
