@@ -44,10 +44,12 @@ SUSPECTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "einsum": lambda x: torch.einsum("bij,bjk->bik", x, x), "baddbmm": lambda x: torch.baddbmm(x, x, x),
     "softmin": lambda x: F.softmin(x, -1), "method softmax": lambda x: x.softmax(-1),
     "nll": lambda x: F.nll_loss(x[0], torch.zeros(8).long()),
-    "rsqrt": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), "tensordot": lambda x: torch.tensordot(x, x, dims=([2], [2])),
+    "rsqrt": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "tensordot": lambda x: torch.tensordot(x, x, dims=([2], [2])),
     "instance norm": lambda x: F.instance_norm(x), "addmv": lambda x: torch.mv(x[0], x[0, 0]),
     "pool": lambda x: F.max_pool2d(x, 2),
-    "sum": lambda x: (x * 2).sum(-1), "mean": lambda x: x.mean(), "loss": lambda x: F.l1_loss(x, x * 2), "amax": lambda x: x.amax(-1),
+    "sum": lambda x: (x * 2).sum(-1), "mean": lambda x: x.mean(), "loss": lambda x: F.l1_loss(x, x * 2),
+    "amax": lambda x: x.amax(-1),
     "cond": lambda x: torch.cond(x.sum() > 0, lambda x: x.softmax(-1), lambda x: -x, (x,)),
 }  # fmt: skip
 
