@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from torch_llmkernels.evaluate.buffers import dtype_of
-from torch_llmkernels.evaluate.roles import Role, has_dependent_inputs, make_consistent, roles
+from torch_llmkernels.evaluate.roles import Role, calm_inputs, has_dependent_inputs, make_consistent, roles
 from torch_llmkernels.program import module_of
 from torch_llmkernels.task import FLOATS, Task, TensorSpec
 
@@ -94,6 +94,7 @@ class InputGenerator:
         self._device = torch.device(device or task.device)
         self._module = module_of(task)
         self._roles = roles(self._module, task)
+        self._calm = calm_inputs(self._module, task)
         self._floats = [t.name for t in task.inputs if t.dtype in FLOATS]
         self._depends = has_dependent_inputs(task)
 
@@ -105,6 +106,8 @@ class InputGenerator:
             seed: Any int.
         """
         primary = _primary(self._floats, distribution, seed)
+        if distribution != "planted":
+            primary -= self._calm
         values = []
         for spec in self._task.inputs:
             g = torch.Generator(self._device).manual_seed(zlib.crc32(f"{seed}/{distribution}/{spec.name}".encode()))

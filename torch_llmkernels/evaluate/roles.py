@@ -102,6 +102,18 @@ def _role_of(
     return None
 
 
+def calm_inputs(module: fx.GraphModule, task: Task) -> set[str]:
+    """Queries and keys of attention backwards: exp(scores - logsumexp) of large scores magnifies the logsumexp's own rounding
+    beyond any comparison, so they stay normal."""
+    specs = dict(zip(placeholders(module), task.inputs, strict=False))
+    found = set()
+    for node in operator_calls(module):
+        if "attention" in str(node.target) and "backward" in str(node.target):
+            bound = schema_arguments(node.target, node.args, node.kwargs)
+            found |= {specs[bound[n]].name for n in ("query", "key") if bound[n] in specs}
+    return found
+
+
 def _size(shapes: Mapping[fx.Node, tuple[int, ...]], value: Any, dim: int) -> int:
     """Size of a program value along `dim` (of a vector: its only one); 1 where it is not known."""
     shape = shapes.get(value, ())

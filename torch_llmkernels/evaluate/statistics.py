@@ -190,12 +190,12 @@ class Independence:
 
     def count(self) -> float:
         """The number of independent errors, at least 1."""
-        fewest = _ratio(self._weights[0] ** 2, self._weights[1])
+        fewest = self._weights[0] * _ratio(self._weights[0], self._weights[1])
         for groups, total, squares in self._groups.values():
-            scatter = _ratio(groups * squares, total**2) - 1
+            scatter = groups * _ratio(_ratio(squares, total), total) - 1
             enough = groups >= FEWEST_GROUPS and math.isfinite(scatter)
             fewest = min(fewest, groups if not enough else 2 * groups / scatter if scatter > 0 else math.inf)
-        return max(1.0, fewest)
+        return max(1.0, fewest) if fewest == fewest else 1.0
 
 
 def _ratio(a: float, b: float) -> float:

@@ -93,9 +93,9 @@ class Worker:
         """End the child; a later job starts another. A job in flight on another thread ends as CRASHED."""
         child = self._child
         if child is not None:
-            child.kill()
+            child.end()
         with self._lock:
-            self._child = None
+            self._stop()
 
     def __enter__(self) -> Worker:
         return self
@@ -123,6 +123,8 @@ class _Child:
         finally:
             os.close(theirs_in)
             os.close(theirs_out)
+        self._poll = select.poll()  # unlike select, it has no limit on descriptors
+        self._poll.register(self._from, select.POLLIN)
         try:
             self._send({"settings": dataclasses.asdict(settings)})
             self._receive(time.monotonic() + START_TIMEOUT_S, "ready")
@@ -165,8 +167,7 @@ class _Child:
 
     def _line(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
-            ready, _, _ = select.select([self._from], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise WorkerTimeout(f"killed after {self._limit:g} s (worker_timeout_s) while {self._stage}")
             data = os.read(self._from, 1 << 16)
             if not data:
@@ -196,10 +197,14 @@ class _Child:
         text = self._log.read().decode(errors="replace").strip()
         return f"Its last output: {text}" if text else ""
 
-    def kill(self) -> None:
-        """End the child and whatever it started."""
+    def end(self) -> None:
+        """End the child and whatever it started; whoever waits for an answer sees it die."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """End the child and let go of its pipes."""
+        self.end()
         self._process.wait()
         for descriptor in (self._to, self._from):
             with contextlib.suppress(OSError):
