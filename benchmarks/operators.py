@@ -78,7 +78,7 @@ def measure(problem: Problem, names: Sequence[str], device: str, quick: bool) ->
         for name in names:
             row["contenders"][name] = entry = {}
             try:
-                function, entry["compile_s"], entry["swapped"] = ready(module, name, inputs, problem.training)
+                function = ready(entry, module, name, inputs, problem.training)
                 steps[name] = [step(function, each, problem.training, module) for each in sets]
                 entry["error"] = common.error(steps[name][0](), reference)
             except Exception as problem_of_one:  # a contender that fails is a row of the table, not the end of it
@@ -92,14 +92,16 @@ def measure(problem: Problem, names: Sequence[str], device: str, quick: bool) ->
 
 
 def ready(
-    module: nn.Module, name: str, inputs: Sequence[torch.Tensor], training: bool
-) -> tuple[Callable[..., Any], float, list[str]]:
-    """The compiled module, the seconds of its first call (verification of kernels included), and what was swapped in."""
+    entry: dict[str, Any], module: nn.Module, name: str, inputs: Sequence[torch.Tensor], training: bool
+) -> Callable[..., Any]:
+    """The compiled module; its entry gets the seconds of the first call (verification included) and what was swapped or kept."""
     options = CONTENDERS[name]
     function = torch.compile(module, **options) if options else module
     mark, begin = len(registry.report()), time.perf_counter()
     step(function, inputs, training, module)()
-    return function, time.perf_counter() - begin, common.swapped_since(mark)
+    entry["compile_s"] = time.perf_counter() - begin
+    entry["swapped"], entry["kept"] = common.swapped_since(mark), common.reasons_since(mark)
+    return function
 
 
 def floor_ms(module: nn.Module, inputs: Sequence[torch.Tensor], training: bool, device: str) -> float | None:
@@ -152,6 +154,11 @@ def show(results: common.Results) -> None:
     won = [row["speedup"] for row in results.rows if row["speedup"] and of(row, "ours", "swapped")]
     results.summary = {"geomean_speedup": common.geomean(won), "swapped": len(won), "problems": len(results.rows)}
     results.write()
+    for row in results.rows:
+        if row["contenders"].get("ours", {}).get("kept"):
+            common.console.print(
+                f"{row['problem']} ({row['tier']}): {'; '.join(row['contenders']['ours']['kept'])}", markup=False
+            )
     mean = common.cell(results.summary["geomean_speedup"])
     common.console.print(f"{len(won)} of {len(results.rows)} have a swap; their geometric mean over the best baseline: {mean}")
     common.console.print(f"written to {results.path}")

@@ -30,6 +30,8 @@ log = logging.getLogger("torch_llmkernels.graph_decision")
 
 ROUNDS = 25
 """Paired samples of a comparison: with 25, two standard errors of the median are about half of the samples' spread."""
+LOOKS = 4
+"""How often a comparison that is still undecided takes as many samples again."""
 SAMPLE_S = 0.002
 """Seconds that one sample lasts at least: shorter ones measure the clock and the wake-up of the device."""
 
@@ -177,10 +179,16 @@ class Variants:
         return self.steps[vetoed]
 
     def compare(self, first: frozenset[str], second: frozenset[str], max_s: float) -> Paired:
-        """Time two variants in turn."""
+        """Time two variants in turn, until they can be told apart or `LOOKS` times `ROUNDS` samples are taken."""
         calls = {"first": self.step(first), "second": self.step(second)}
-        samples = samples_ms(calls, self.device, max_s=max_s)
-        return Paired.of(samples["first"], samples["second"])
+        taken: dict[str, list[float]] = {"first": [], "second": []}
+        for _ in range(LOOKS):
+            for name, samples in samples_ms(calls, self.device, max_s=max_s / LOOKS).items():
+                taken[name] += samples
+            paired = Paired.of(taken["first"], taken["second"])
+            if abs(paired.ratio - 1.0) > paired.noise:
+                break
+        return paired
 
 
 def _variant(vetoed: frozenset[str]) -> Callable[..., Any]:
