@@ -196,3 +196,57 @@ def test_profiler_ranges_name_the_region(build: Callable) -> None:
 def test_the_operator_passes_torchs_own_checks(build: Callable) -> None:
     samples = (spec_of(softmax_task(4, 8)), [torch.randn(4, 8)], [])
     torch.library.opcheck(op.region_op(), samples, test_utils=("test_schema", "test_faketensor"))
+
+
+KERNEL = """/*---
+implements = "softmax"
+target = "cpu"
+dtypes = ["float32"]
+dims = { cols = "x.shape[1]", rows = "x.shape[0]" }
+[[workspace]]
+name = "scratch"
+dtype = "float32"
+shape = ["cols"]
+[[launch]]
+kernel = "rows_in_order"
+args = ["x", "scratch", "y", "rows", "cols"]
+---*/
+extern "C" void rows_in_order(const T_x* x, float* scratch, T_y* y, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float sum = 0;
+    for (int64_t c = 0; c < cols; ++c) sum += scratch[c] = exp(x[r * cols + c]);
+    for (int64_t c = 0; c < cols; ++c) y[r * cols + c] = scratch[c] / sum;
+  }
+}
+"""
+
+
+def test_a_real_kernel_is_built_loaded_and_run() -> None:
+    x = torch.randn(4, 8)
+    spec = spec_of(softmax_task(4, 8), KERNEL)
+    (y,) = torch.ops.llmk.region(spec, [x], [])
+    torch.testing.assert_close(y, x.softmax(-1))
+    assert not op.bind(spec).reason
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_plans_outputs_and_workspaces(dynamic: bool) -> None:
+    """The compiled graph allocates both as its own buffers and hands them to the slot."""
+    from torch._inductor.utils import run_and_get_code
+
+    import torch_llmkernels.graph.lowering  # noqa: F401
+
+    task = softmax_task("d0", 8, hints={"d0": 4}) if dynamic else softmax_task(4, 8)
+    spec = spec_of(task, KERNEL)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.llmk.region(spec, [x], [x.size(0)] if dynamic else [])[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, dynamic=dynamic)
+    x = torch.randn(4, 8)
+    y, (code,) = run_and_get_code(compiled, x)
+    torch.testing.assert_close(y, x.softmax(-1))
+    (call,) = [line.strip() for line in code.splitlines() if line.strip().startswith("llmk_softmax_") and "bind" not in line]
+    assert call.count(",") == (3 if dynamic else 2) and call.count("buf") == 2
+    assert not op.bind(spec).reason

@@ -97,8 +97,8 @@ def check(model: str, training: bool, dynamic: bool, autocast: bool, device: str
 
 
 SUBSET = [
-    ("resnet", False, False, False), ("resnet_channels_last", False, True, False), ("digits", True, False, False),
-    ("gpt", True, False, True), ("gpt", False, True, False), ("encoder", True, True, False), ("lstm", False, True, True),
+    ("resnet", False, False, False), ("resnet_channels_last", False, False, True), ("digits", True, False, False),
+    ("gpt", True, False, True), ("gpt", False, True, False), ("encoder", True, False, False), ("lstm", False, True, True),
     ("hand_attention", True, False, False), ("hand_attention", False, False, True), ("upsampler", True, False, False),
     ("mutations", True, True, False), ("dropout", True, False, False), ("dropout", False, False, True),
 ]  # fmt: skip
