@@ -11,7 +11,7 @@ from tasks import contiguous, layer_norm_task, matmul_task, relu_add_task, softm
 
 from torch_llmkernels.evaluate.attention import attention, attention_backward
 from torch_llmkernels.evaluate.check import check, exponential_outputs, non_finite_mismatch, symbol_values
-from torch_llmkernels.evaluate.reference import magnitude, precision, reference, yardstick
+from torch_llmkernels.evaluate.reference import condition, magnitude, precision, reference, yardstick
 from torch_llmkernels.evaluate.statistics import FROBENIUS_RATIO, ErrorSums, Independence, MismatchCount, problem_scale
 from torch_llmkernels.task import Node, Numerics, Task
 
@@ -88,7 +88,9 @@ def test_wrong_signs_of_infinity_fail() -> None:
 def test_results_that_change_between_runs_fail_under_deterministic_mode() -> None:
     def drifting(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         y.copy_((a + b).relu())
-        y[torch.randint(64, ())].nextafter_(torch.tensor(9.0))
+        place = torch.randint(64, ())
+        if y[place].isfinite():
+            y[place].nextafter_(torch.tensor(9.0))
 
     task = relu_add_task(64)
     assert check(task, drifting)[1] is None
@@ -186,6 +188,16 @@ def test_products_are_scaled_by_the_sum_of_their_terms() -> None:
     (size,) = magnitude(task, [a, b]) or [None]
     assert size is not None and size.item() == 6.0 and reference(task, [a, b])[0].item() == 0.0
     assert magnitude(softmax_task(), [torch.randn(8, 64)]) is None
+
+
+def test_a_mean_that_cancels_is_scaled_by_its_terms() -> None:
+    program = (Node("n0", "aten.mean.dim", ({"v": "x"}, [1], False, None)),)
+    outputs = (contiguous("y", "float32", (4,)),)
+    task = Task("mean", program, (contiguous("x", "float32", (4, 64)),), outputs, ("n0",), (), Numerics(), "cpu")
+    x = torch.tensor([1.0, -1.0]).repeat(4, 32)
+    truth = reference(task, [x])
+    (size,) = condition(task, [x], truth)
+    assert truth[0].abs().max() == 0 and bool(((size > 0.02) & (size < 0.5)).all())  # 1 / sqrt(64), at random
 
 
 def test_small_probabilities_keep_their_own_scale() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch_llmkernels.errors import NotApplicable
 from torch_llmkernels.evaluate.buffers import FINITE_BYTE, NAN_BYTE, GuardedTensor, dtype_of
 from torch_llmkernels.evaluate.inputs import DISTRIBUTIONS, QUICK, InputGenerator
-from torch_llmkernels.evaluate.reference import has_products, magnitude, reference, yardstick
+from torch_llmkernels.evaluate.reference import condition, has_products, magnitude, reference, yardstick
 from torch_llmkernels.evaluate.statistics import ErrorSums, MismatchCount, problem_scale, unravel
 from torch_llmkernels.evaluation import ErrorStat
 from torch_llmkernels.task import Node, Task, TensorSpec
@@ -48,6 +49,12 @@ EFFORTS = {
     "quick": Effort(QUICK, 2, 16),
     "full": Effort(tuple(name for name, _ in DISTRIBUTIONS), 4, 48),
 }
+
+GROSS = 4.0
+"""A ratio this far beyond what chance allows is believed at once; anything nearer is confirmed on all seeds, because looking at
+a verdict after every seed would make chance's threshold be crossed more often than once."""
+ENOUGH_ELEMENTS = 1 << 26
+"""Elements of the smallest output, over all seeds, after which no more are drawn: large samples are decided, and slow."""
 
 Outcome = tuple[tuple[ErrorStat, ...], str | None]
 
@@ -123,6 +130,7 @@ class _Bench:
         self._values = [symbols[name] for name, _ in task.symbols]
         self._where = f" at {', '.join(f'{k}={v}' for k, v in symbols.items())}" if symbols != dict(task.symbols) else ""
         self._generator = InputGenerator(self.task)
+        self._elements = min(math.prod(int(d) for d in t.shape) for t in self.task.outputs)
         self._exponential = exponential_outputs(self.task)
         self._inputs = [GuardedTensor(t, task.device, alignment) for t in self.task.inputs]
         self._outputs = [GuardedTensor(t, task.device, alignment) for t in self.task.outputs]
@@ -137,7 +145,8 @@ class _Bench:
                 failure = self._one(distribution, seed * 1000 + number, sums)
                 if failure:
                     return (*errors, *(s.stat(passed=False) for s in sums)), failure
-                if number + 1 >= effort.seeds and all(_decided(s) for s in sums):
+                drawn = number + 1
+                if drawn >= effort.seeds and (all(_decided(s) for s in sums) or drawn * self._elements > ENOUGH_ELEMENTS):
                     break
             errors += [s.stat(passed=s.ratio() <= s.chance()) for s in sums]
             bad = next((s for s in sums if s.ratio() > s.chance()), None)
@@ -175,7 +184,7 @@ class _Bench:
         inputs = [b.tensor for b in self._inputs]
         truth, eager = reference(self.task, inputs), yardstick(self.task, inputs)
         truth = [t.reshape(e.shape) for t, e in zip(truth, eager, strict=True)]
-        sizes = magnitude(self.task, inputs) or [None] * len(truth)
+        sizes = magnitude(self.task, inputs) or condition(self.task, inputs, truth)
         scale = [
             problem_scale(t, m, exponential) if t.is_floating_point() else None
             for t, m, exponential in zip(truth, sizes, self._exponential, strict=True)
@@ -214,8 +223,8 @@ class _Bench:
 
 
 def _decided(sums: ErrorSums | MismatchCount) -> bool:
-    """Whether more seeds cannot change the verdict: within the bounds, or beyond what chance could do."""
-    return sums.ratio() <= 1.0 or sums.ratio() > sums.chance()
+    """Whether more seeds cannot change the verdict: within the bounds, or far beyond what chance could do."""
+    return sums.ratio() <= 1.0 or sums.ratio() > GROSS * sums.chance()
 
 
 def _too_far(sums: ErrorSums | MismatchCount) -> str:

@@ -191,3 +191,36 @@ def magnitude(task: Task, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] 
         return None
     absolute = [upcast(x).abs() if x.is_floating_point() else x for x in inputs]
     return list(_Magnitude(module).run(*absolute))
+
+
+PERTURBATION = 2.0**-30
+"""Relative change of the inputs that shows a program's condition: far above float64's rounding, far below curvature."""
+FEW_DRAWS_ABOVE = 1 << 24
+"""Elements of the inputs above which one draw is enough: among so many outputs no single one counts."""
+MANY_DRAWS = 6
+
+
+@torch.no_grad()
+def condition(task: Task, inputs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """How far each output moves, relative to the change, when every input element changes a little and at random.
+
+    Rounding errors act on a result as such changes of its operands do (Higham, section 1.6): a mean that almost cancels moves by
+    the size of its terms, not by its own. Root mean square over a few draws, in float64; 0 where the result is not finite.
+    """
+    draws = 1 if sum(x.numel() for x in inputs) > FEW_DRAWS_ABOVE else MANY_DRAWS
+    total = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in truth]
+    g = torch.Generator(inputs[0].device).manual_seed(0)
+    for _ in range(draws):
+        for square, moved, value in zip(total, _perturbed(task, inputs, g), truth, strict=True):
+            if value.is_floating_point():
+                change = (moved.reshape(value.shape) - value) / PERTURBATION
+                square += torch.where(change.isfinite(), change, 0.0).square() / draws
+    return [square.sqrt() for square in total]
+
+
+def _perturbed(task: Task, inputs: Sequence[torch.Tensor], g: torch.Generator) -> list[torch.Tensor]:
+    changed = []
+    for x in inputs:
+        noise = torch.randn(x.shape, generator=g, device=x.device, dtype=torch.float64) if x.is_floating_point() else None
+        changed.append(x if noise is None else x.double() * (1 + PERTURBATION * noise))
+    return reference(task, changed)

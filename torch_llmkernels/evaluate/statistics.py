@@ -31,8 +31,10 @@ AMPLIFIED_ULPS = 32
 of a large mean; which of several equally good orders of summation rounds it luckily is a chance that whole rows share."""
 LOST_DIGITS = 2.0**-4
 """A yardstick with a larger relative error has hardly a digit left to compare."""
-FEWEST_GROUPS = 8
+FEWEST_GROUPS = 32
 """Groups from which a scatter can be estimated; fewer are taken to share one error each."""
+FEWEST_MEMBERS = 8
+"""Finite elements from which a row's or column's size can be told."""
 INTEGER_SLACK = 4
 """Indices that rounding moved between near-equal values: a count that is Poisson around one stays below it."""
 PERCENTILE = 0.999
@@ -215,7 +217,8 @@ def problem_scale(truth: torch.Tensor, magnitude: torch.Tensor | None, exponenti
     """The size that errors of each element are measured by.
 
     - Never less than the element itself.
-    - For products the sum of |a||b| (`magnitude`): rounding acts on the terms, not on what is left after they cancel.
+    - Never less than how far it moves with its operands (`reference.condition`); for products that is the sum of |a||b|
+      (`reference.magnitude`): rounding acts on the terms, not on what is left after they cancel.
     - For results of an exponential |y| (1 + |ln |y||), its condition: small probabilities keep their digits.
     - Else the root mean square of the element's row or column, the smaller: what cancels in a row has errors of the row's size.
       Of a vector, which may be the statistics of rows, the root mean square of all.
@@ -236,7 +239,7 @@ def _typical(size: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
     for dims in (used[-1:], used[:-1]) if len(used) > 1 else ():
         count = finite.sum(dims, keepdim=True)
         mean = square.sum(dims, keepdim=True) / count
-        typical = torch.minimum(typical, torch.where(count >= FEWEST_GROUPS, mean, math.inf))
+        typical = torch.minimum(typical, torch.where(count >= FEWEST_MEMBERS, mean, math.inf))
     overall = square.sum() / finite.sum().clamp(min=1)
     return torch.where(typical.isinf(), overall, typical).sqrt()
 
