@@ -25,6 +25,7 @@ Preset = Literal["quick", "default", "thorough", "sequential"]
 
 
 def knob(default: Any, doc: str) -> Any:
+    """A field of `Settings` with its one line of documentation."""
     return dataclasses.field(default=default, metadata={"doc": doc})
 
 

@@ -195,9 +195,8 @@ def magnitude(task: Task, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor] 
 
 PERTURBATION = 2.0**-30
 """Relative change of the inputs that shows a program's condition: far above float64's rounding, far below curvature."""
-FEW_DRAWS_ABOVE = 1 << 24
-"""Elements of the inputs above which one draw is enough: among so many outputs no single one counts."""
-MANY_DRAWS = 6
+DRAWS = ((1 << 18, 32), (1 << 24, 6))
+"""(Elements of the inputs, draws) up to that size; one draw above: among very many outputs no single one counts."""
 
 
 @torch.no_grad()
@@ -207,7 +206,8 @@ def condition(task: Task, inputs: Sequence[torch.Tensor], truth: Sequence[torch.
     Rounding errors act on a result as such changes of its operands do (Higham, section 1.6): a mean that almost cancels moves by
     the size of its terms, not by its own. Root mean square over a few draws, in float64; 0 where the result is not finite.
     """
-    draws = 1 if sum(x.numel() for x in inputs) > FEW_DRAWS_ABOVE else MANY_DRAWS
+    elements = sum(x.numel() for x in inputs)
+    draws = next((number for size, number in DRAWS if elements <= size), 1)
     total = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in truth]
     g = torch.Generator(inputs[0].device).manual_seed(0)
     for _ in range(draws):

@@ -16,7 +16,6 @@ from torch import fx
 
 from torch_llmkernels.graph.patterns import pattern_ops
 
-
 _NOT_COMPOSITE = ("aten.add.Tensor", "aten.add.Scalar")  # in the table for complex numbers only: an addition stays one
 
 

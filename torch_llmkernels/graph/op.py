@@ -24,7 +24,7 @@ from torch_llmkernels.errors import LaunchError, LLMKernelsError, NotApplicable,
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.program import module_of
 from torch_llmkernels.settings import Settings
-from torch_llmkernels.task import Task, TensorSpec, canonical_json, digest, evaluate_dim
+from torch_llmkernels.task import Task, TensorSpec, canonical_json, evaluate_dim
 
 if TYPE_CHECKING:
     from torch_llmkernels.kernels.launch import Workspace
@@ -106,7 +106,7 @@ class Slot:
         reason: Why the region runs its reference; empty while it runs its kernel.
     """
 
-    __slots__ = ("_launchers", "_lock", "_range", "_settings", "_warned", "fn", "reason", "spec")
+    __slots__ = ("_launchers", "_layouts", "_lock", "_range", "_settings", "_warned", "fn", "reason", "spec")
 
     def __init__(self, spec: Spec, settings: Settings) -> None:
         self.spec = spec
@@ -114,6 +114,7 @@ class Slot:
         self.reason = ""
         self._settings = settings
         self._launchers: dict[int, Callable[..., None]] = {}
+        self._layouts: dict[torch.device, tuple[Workspace, ...]] = {}
         self._lock = threading.Lock()
         self._range = f"llmkernels::{spec.task.signature}"
         self._warned: set[str] = set()
@@ -133,8 +134,9 @@ class Slot:
 
     def workspaces(self, device: torch.device) -> list[torch.Tensor]:
         """Fresh workspaces for one call, uninitialised; empty if the region runs its reference."""
-        layouts = workspace_layouts(self.spec, device)
-        return [torch.empty(w.shape, dtype=getattr(torch, w.dtype), device=device) for w in layouts]
+        if device not in self._layouts:
+            self._layouts[device] = workspace_layouts(self.spec, device)
+        return [torch.empty(w.shape, dtype=getattr(torch, w.dtype), device=device) for w in self._layouts[device]]
 
     def run_reference(self, *args: Any) -> None:
         """Compute the outputs with the region's own program."""
@@ -193,11 +195,11 @@ def bind(spec: str, settings: Settings | None = None) -> Slot:
         spec: From `encode_spec`.
         settings: Knobs of the compilation (store, compiler, strictness); only the first bind of a spec can give them.
     """
-    key = digest(spec)
-    with _slots_lock:
-        if key not in _slots:
-            _slots[key] = Slot(decode_spec(spec), settings or settings_module.current())
-        return _slots[key]
+    slot = _slots.get(spec)
+    if slot is None:
+        with _slots_lock:
+            slot = _slots.setdefault(spec, Slot(decode_spec(spec), settings or settings_module.current()))
+    return slot
 
 
 def slots() -> list[Slot]:

@@ -11,6 +11,7 @@ visible, so that both share one thread pool and `torch.set_num_threads` holds fo
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 import re
@@ -73,7 +74,9 @@ class CpuTarget:
         return None
 
     def facts(self, index: int = 0) -> DeviceFacts:
-        return cpu_facts()
+        if self.unavailable():
+            return cpu_facts()
+        return dataclasses.replace(cpu_facts(), driver=_version(compiler()))  # another compiler makes another kernel of a source
 
     def binary_key(self, kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts) -> str:
         return digest(
@@ -126,9 +129,14 @@ def compiler() -> str:
 @functools.lru_cache(maxsize=8)
 def _instruction_set(path: str) -> str:
     """The compiler's version and what -march=native means to it here: part of the binary's key."""
-    version = _run([path, "--version"]).stdout.splitlines()[:1]
+    version = _version(path)
     native = _run([path, "-march=native", "-E", "-dM", "-x", "c++", os.devnull]).stdout
     return digest([version, native])
+
+
+@functools.lru_cache(maxsize=8)
+def _version(path: str) -> str:
+    return next(iter(_run([path, "--version"]).stdout.splitlines()), "")
 
 
 def _run(command: list[str], cwd: str | None = None) -> subprocess.CompletedProcess[str]:
