@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 import torch_llmkernels
+from torch_llmkernels.registry import RegionReport
 
 console = Console(width=150)
 
@@ -119,34 +120,27 @@ def interleaved_ms(calls: dict[str, Callable[[], object]], rounds: int = 15) -> 
 def regions_table() -> Table:
     """Every region the backend has looked at in this process, with the evidence for its decision."""
     table = Table(title="Regions (error: relative Frobenius against float64, normal data; times in ms)", title_justify="left")
-    for column in ("region", "task", "shape", "kernel", "from", "error", "eager's", "kernel", "eager", "Inductor", "decision"):
+    for column in ("region", "task", "inputs", "kernel", "from", "error", "eager's", "kernel", "eager", "Inductor", "decision"):
         table.add_column(column, overflow="fold")
     seen = set()
-    for region in torch_llmkernels.report().regions:
-        if region.task.key in seen:
-            continue
-        seen.add(region.task.key)
-        table.add_row(*region_row(region))
+    for graph in torch_llmkernels.report():
+        for region in graph.regions:
+            if region.key and region.key not in seen:
+                seen.add(region.key)
+                table.add_row(*region_row(region))
     return table
 
 
-def region_row(region) -> list[str]:
+def region_row(region: RegionReport) -> list[str]:
     """One line of the table; what was not measured stays a dash."""
-    task, decision = region.task, region.decision
-    shape = "x".join(map(str, task.inputs[0].shape))
-    best = min((pair for pair in decision.tried if pair[1].time_ms), key=lambda pair: pair[1].time_ms, default=None)
-    row = [task.signature, task.key[:8], shape]
-    if best is None:
-        return [*row, "-", "-", "-", "-", "-", "-", "-", decision.reason]
-    name, evaluation = best
-    error = next(e for e in evaluation.errors if e.distribution == "normal")
-    times = dict(evaluation.baselines_ms)
-    origin = decision.record.origin if decision.record else "library"
-    return [
-        *row, name.split("@")[0], origin, f"{error.frobenius:.1e}", f"{error.frobenius_yardstick:.1e}",
-        f"{evaluation.time_ms:.4f}",
-        *(f"{times[b]:.4f}" if b in times else "-" for b in ("eager", "inductor")), decision.reason,
-    ]  # fmt: skip
+    row = [region.signature, region.key[:8], region.shapes, region.kernel or "-", region.origin or "-"]
+    evaluation = region.evaluation
+    if evaluation is None or not evaluation.errors:
+        return [*row, *"-----", region.reason]
+    worst = max((e for e in evaluation.errors if e.distribution == "normal"), key=lambda e: e.frobenius)
+    times = {"kernel": evaluation.time_ms, **dict(evaluation.baselines_ms)}
+    shown = [f"{times[name]:.4f}" if times.get(name) else "-" for name in ("kernel", "eager", "inductor")]
+    return [*row, f"{worst.frobenius:.1e}", f"{worst.frobenius_yardstick:.1e}", *shown, region.reason]
 
 
 def main() -> None:
