@@ -1,8 +1,8 @@
 """`make demo-search`: a branching search, for real but for the model, whose answers come from a recorded journal.
 
 Candidates are parsed, compiled, repaired, checked and timed on this machine, so which ones fail and which one wins is decided
-here. The winner goes into a store, and `torch.compile(backend="llmkernels")` then picks it up. The library is left out, so that nothing
-but the search can be the source of the kernel.
+here. The winner goes into a store, and `torch.compile(backend="llmkernels")` then picks it up. The library is left out, so
+that nothing but the search can be the source of the kernel.
 
     python benchmarks/demo_search.py [--journal cache/journals/RUN]
 """
