@@ -15,7 +15,7 @@ block  = ["128"]
 args   = ["map", "b", "y"]
 ---*/
 // Calls every helper of the prelude, so that its PTX is assembled; never launched.
-extern "C" __global__ void every_helper(const __grid_constant__ TensorMap map, const T* b, T* y) {
+extern "C" __global__ void __launch_bounds__(128) every_helper(const __grid_constant__ TensorMap map, const T* b, T* y) {
     __shared__ alignas(128) T tile[64];
     __shared__ alignas(8) uint64_t barrier[2];
     const Vec<T, 4> four = load_vec<4>(b);
@@ -25,6 +25,16 @@ extern "C" __global__ void every_helper(const __grid_constant__ TensorMap map, c
     cp_async16(tile, b);
     cp_async_commit();
     cp_async_wait<0>();
+    cp_async16_zero_fill(tile, b, y != nullptr);
+    uint32_t left[4], right[4];
+    float sums[4] = {};
+    ldmatrix_x4(left, tile);
+    ldmatrix_x4_trans(right, tile);
+    mma_m16n8k16<half>(sums, left, {right[0], right[1]});
+    mma_m16n8k16<bfloat16>(sums, left, {right[2], right[3]});
+    y[6] = from_float<T>(sums[0] + sums[1] + sums[2] + sums[3]);
+    if (threadIdx.x < 64) barrier_sync(1, 128);
+    else barrier_arrive(1, 128);
 #if __CUDA_ARCH__ >= 900
     pdl_wait();
     tma_prefetch(map);
@@ -35,13 +45,28 @@ extern "C" __global__ void every_helper(const __grid_constant__ TensorMap map, c
     mbarrier_arrive_expect(&barrier[0], 128);
     tma_load_2d(tile, map, &barrier[0], 0, int(cluster_rank()));
     tma_load_2d_multicast(tile, map, &barrier[0], 0, 0, 1);
+    tma_load_3d(tile, map, &barrier[0], 0, 0, 0);
+    tma_load_4d(tile, map, &barrier[0], 0, 0, 0, 0);
+    bulk_load(tile, b, 64, &barrier[0]);
     mbarrier_wait(&barrier[0], 0);
     mbarrier_arrive(&barrier[1]);
     mbarrier_wait(&barrier[1], 0);
+    mbarrier_arrive_remote(&barrier[1], 0);
+    mbarrier_wait_cluster(&barrier[1], 1);
     fence_async_shared();
     tma_store_2d(map, tile, 0, 0);
     tma_store_commit();
     tma_store_wait<0>();
     pdl_launch_dependents();
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+    setmaxnreg_dec<40>();
+    setmaxnreg_inc<128>();
+#endif
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wgmma_fence();
+    wgmma_commit();
+    wgmma_wait<0>();
+    y[7] = from_float<T>(float(wgmma_descriptor_128(tile)));
 #endif
 }

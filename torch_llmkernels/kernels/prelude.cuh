@@ -81,9 +81,51 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
 __device__ __forceinline__ void cp_async16(void* smem, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(smem)), "l"(global) : "memory");
 }
+// the same where `valid`, else 16 zero bytes; `global` is not read then, but must still be an address in the tensor
+__device__ __forceinline__ void cp_async16_zero_fill(void* smem, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(smem_address(smem)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending> __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Tensor cores by warp (sm_80). ldmatrix: four 8x8 tiles of 16-bit elements; lane i passes the 16-byte aligned address of row
+// i % 8 of tile i / 8, and r[t] gets elements (i / 4, 2 * (i % 4) + {0, 1}) of tile t, of its transpose with _trans.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_address(row)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(smem_address(row)) : "memory");
+}
+// d[16][8] += a[16][16] * b[16][8], E half or bfloat16, float sums. With g = lane / 4 and t = 2 * (lane % 4), two elements along k
+// in a register: a = (g, t) (g + 8, t) (g, t + 8) (g + 8, t + 8), b = (t, g) (t + 8, g), d = (g, t) (g, t + 1) (g + 8, t)
+// (g + 8, t + 1).
+template <class E> __device__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) = delete;
+template <>
+__device__ __forceinline__ void mma_m16n8k16<half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<bfloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Named barriers for some warps of a block: id 1 to 15 (0 is __syncthreads), `threads` of all that sync or arrive at it
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // A TMA descriptor: declare the parameter as `const __grid_constant__ TensorMap map` and describe it in [[tensor_map]]
@@ -110,6 +152,17 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t phase)
         "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra finish;\nbra retry;\nfinish:\n}"
         ::"r"(smem_address(barrier)), "r"(phase) : "memory");
 }
+// arrive at the same barrier of block `rank` of the cluster, releasing to it; its owner waits with mbarrier_wait_cluster
+__device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}"
+                 ::"r"(smem_address(barrier)), "r"(rank) : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_cluster(uint64_t* barrier, uint32_t phase) {
+    asm volatile("{\n.reg .pred done;\nretry:\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n@done bra finish;\nbra retry;\nfinish:\n}"
+                 ::"r"(smem_address(barrier)), "r"(phase) : "memory");
+}
 
 // TMA: one thread moves a box; coordinates in elements, innermost first; the load arrives on `barrier`
 __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
@@ -118,6 +171,19 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
 __device__ __forceinline__ void tma_load_2d(void* smem, const TensorMap& map, uint64_t* barrier, int c0, int c1) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
                  ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1) : "memory");
+}
+__device__ __forceinline__ void tma_load_3d(void* smem, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2) : "memory");
+}
+__device__ __forceinline__ void tma_load_4d(void* smem, const TensorMap& map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+                 ::"r"(smem_address(smem)), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+// `bytes` (a multiple of 16) from global to shared memory, both 16-byte aligned, no descriptor; arrives on `barrier` like TMA
+__device__ __forceinline__ void bulk_load(void* smem, const void* global, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(smem_address(smem)), "l"(global), "r"(bytes), "r"(smem_address(barrier)) : "memory");
 }
 // the same box into the same place of every block of the cluster whose bit is set in `mask`, arriving on each one's barrier
 __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const TensorMap& map, uint64_t* barrier, int c0, int c1, uint16_t mask) {
@@ -149,6 +215,16 @@ __device__ __forceinline__ void cluster_sync() {
 // programmatic dependent launch (pdl = true): wait for the previous kernel's writes; let the next one start
 __device__ __forceinline__ void pdl_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void pdl_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#endif
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(__CUDA_ARCH_FEAT_SM100_ALL)
+// Registers moved between warpgroups, by all 128 threads of one: 24 to 256, a multiple of 8. The kernel needs __launch_bounds__.
+template <int Registers> __device__ __forceinline__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+template <int Registers> __device__ __forceinline__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
 #endif
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
