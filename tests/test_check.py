@@ -13,7 +13,7 @@ from torch_llmkernels.evaluate.attention import attention, attention_backward
 from torch_llmkernels.evaluate.check import check, exponential_outputs, non_finite_mismatch, symbol_values
 from torch_llmkernels.evaluate.reference import condition, magnitude, precision, reference, yardstick
 from torch_llmkernels.evaluate.statistics import FROBENIUS_RATIO, ErrorSums, Independence, MismatchCount, problem_scale
-from torch_llmkernels.task import Node, Numerics, Task
+from torch_llmkernels.task import Node, Numerics, Task, TensorSpec
 
 
 def permuted_matmul(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -242,3 +242,19 @@ def test_one_ulp_of_the_output_always_passes() -> None:
     assert sums.ratio() <= 1
     sums.add(got + 2**-9, torch.ones(1000, dtype=torch.float16), truth, truth, seed=1)
     assert sums.ratio() > FROBENIUS_RATIO and "seed 1" in sums.worst.text
+
+
+def test_outputs_need_not_be_row_major() -> None:
+    task = relu_add_task(64)
+    task = dataclasses.replace(
+        task,
+        inputs=tuple(TensorSpec(t.name, t.dtype, (4, 3, 5), (15, 1, 3)) for t in task.inputs),
+        outputs=tuple(TensorSpec(t.name, t.dtype, (4, 3, 5), (16, 1, 3)) for t in task.outputs),
+    )
+
+    def wrong(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        y.copy_((a + b).relu())
+        y[1, 2, 3] += 1
+
+    assert check(task, lambda y, a, b: y.copy_((a + b).relu()))[1] is None
+    assert "y[1, 2, 3]" in (check(task, wrong)[1] or "")

@@ -95,11 +95,11 @@ class ErrorSums:
         if not scaled.numel():
             return
         place = int(scaled.argmax())
-        if float(scaled.view(-1)[place]) > self.worst.scaled:
+        if float(scaled.reshape(-1)[place]) > self.worst.scaled:
             index = unravel(place, truth.shape)
             text = f"worst at {self.output}{list(index)}, seed {seed}: got {got[index].item():.9g}, expected "
             text += f"{truth[index].item():.9g} (eager: {eager[index].item():.9g})"
-            self.worst = Worst(float(scaled.view(-1)[place]), text)
+            self.worst = Worst(float(scaled.reshape(-1)[place]), text)
 
     def chance(self) -> float:
         """The factor that chance allows on a ratio of errors: 1 for many independent errors."""
@@ -147,7 +147,7 @@ class MismatchCount:
         self._count += truth.numel()
         self._allowed += min(INTEGER_SLACK, truth.numel() // 1000) if rounds else 0
         if bool(wrong.any()) and not self.worst.text:
-            index = unravel(int(wrong.view(-1).int().argmax()), truth.shape)
+            index = unravel(int(wrong.reshape(-1).int().argmax()), truth.shape)
             text = f"first at {self.output}{list(index)}, seed {seed}: got {got[index].item()}, expected {truth[index].item()}"
             self.worst = Worst(1.0, text)
 
