@@ -1,5 +1,7 @@
 """Expressions, macros, workspaces and plans: from a header to the numbers of a launch."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -155,3 +157,27 @@ def test_device_facts_round_trip_and_name_kinds() -> None:
     assert slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
     assert cuda_arch(8, 9) == "sm_89" and cuda_arch(9, 0) == "sm_90a" and cuda_arch(12, 0) == "sm_120a"
     assert cpu_level("x86_64", frozenset({"avx2", "fma"})) == "avx2" and cpu_level("x86_64", frozenset()) == "generic"
+
+
+def test_contiguity_and_products_of_list_parameters_are_names() -> None:
+    text = KERNEL_OF_LISTS
+    task = tasks.layer_norm_task(8, 64)
+    names = launch.environment(parse_kernel(text), task, {})
+    assert names["x.contiguous"] == 1 and names["cols"] == 64
+    transposed = dataclasses.replace(task, inputs=(dataclasses.replace(task.inputs[0], stride=(1, 8)), *task.inputs[1:]))
+    assert launch.environment(parse_kernel(text), transposed, {})["x.contiguous"] == 0
+
+
+KERNEL_OF_LISTS = """/*---
+implements = "layer_norm"
+target = "cpu"
+dtypes = ["float32"]
+optional = ["weight", "bias"]
+where = ["x.contiguous"]
+dims = { cols = "normalized_shape.product", rows = "x.numel // cols" }
+[[launch]]
+kernel = "ln"
+args = ["x", "weight", "bias", "y", "rows", "cols"]
+---*/
+extern "C" void ln(const T_x* x, const T_weight* weight, const T_bias* bias, T_y* y, int64_t rows, int64_t cols) {}
+"""

@@ -163,3 +163,9 @@ def test_equal_tasks_share_one_decision(setup, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(resolve, "Resolver", lambda settings: resolver)
     first, second = resolve.resolve([TASK, layer_norm_task(8, 64)], Settings())
     assert first is second and len(script.asked) == 2
+
+
+def test_a_kernel_that_cannot_serve_the_task_is_named_with_its_reason(setup) -> None:
+    make, _ = setup
+    reason = make().decide(layer_norm_task(8, 64, "float64")).reason
+    assert "fast: " in reason and "float64" in reason

@@ -57,6 +57,7 @@ class Resolver:
         self.library = library or default_library(settings)
         self.store = store or open_store(settings)
         self.deadline = time.monotonic() + settings.verify_budget_s
+        self.excluded: dict[str, str] = {}  # kernels of the signature that cannot serve the last task, and why
 
     def decide(self, task: Task) -> Decision:
         """The decision for one task, verified here if it has to be."""
@@ -72,6 +73,10 @@ class Resolver:
         if candidates:
             known = self._verify(task, facts, key, candidates, known)
         decision = choose(known, task, self.settings)
+        if decision.record is None and not decision.tried and self.excluded:
+            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.excluded.items()))
+            reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
+            decision = dataclasses.replace(decision, reason=reason)
         return decision if decision.record else self._miss(task, facts, key, decision)
 
     def _unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
@@ -92,7 +97,8 @@ class Resolver:
                 found.setdefault(label(kernel), (kernel, imported))
         for kernel in self.library.kernels(task.signature, task.device):
             found.setdefault(label(kernel), (kernel, None))
-        return [pair for name, pair in found.items() if name not in settled and pair[0].why_not(task) is None]
+        self.excluded = {kernel.name: reason for kernel, _ in found.values() if (reason := kernel.why_not(task))}
+        return [pair for name, pair in found.items() if name not in settled and pair[0].name not in self.excluded]
 
     def _verify(
         self, task: Task, facts: DeviceFacts, key: RecordKey, candidates: Iterable[tuple[Kernel, Record | None]], known: Decision

@@ -97,6 +97,8 @@ def _parameters(task: Task) -> dict[str, int]:
             names[name] = int(value)
         elif isinstance(value, tuple):
             names.update(_indexed(name, value))
+            if all(isinstance(v, int) for v in value):
+                names[f"{name}.product"] = math.prod(value)
     return names
 
 
@@ -107,7 +109,7 @@ def _indexed(name: str, values: Sequence[Any]) -> dict[str, int]:
 
 def _attributes(spec: TensorSpec) -> dict[str, int]:
     names = {f"{spec.name}.numel": math.prod(spec.shape), f"{spec.name}.ndim": len(spec.shape),  # type: ignore[arg-type]
-             f"{spec.name}.itemsize": ITEMSIZE[spec.dtype]}  # fmt: skip
+             f"{spec.name}.itemsize": ITEMSIZE[spec.dtype], f"{spec.name}.contiguous": int(spec.is_contiguous)}  # fmt: skip
     return names | _indexed(f"{spec.name}.shape", spec.shape) | _indexed(f"{spec.name}.stride", spec.stride)
 
 
@@ -192,7 +194,7 @@ def _dynamic_names(kernel: Kernel, task: Task) -> set[str]:
                 if isinstance(value, str):
                     dynamic |= {f"{spec.name}.{kind}[{i}]", f"{spec.name}.{kind}[{i - len(values)}]"}
         if any(isinstance(size, str) for size in spec.shape):
-            dynamic.add(f"{spec.name}.numel")
+            dynamic |= {f"{spec.name}.numel", f"{spec.name}.contiguous"}
     for name, expression in kernel.dims:
         if expression.names & dynamic:
             dynamic.add(name)
@@ -236,7 +238,8 @@ def assemble(prelude: str, prelude_name: str, found: Mapping[str, str], kernel: 
     lines = [f"#define {name} {value}" for name, value in found.items() if name != "ACC"]
     return "\n".join([
         f"#define ACC {found['ACC']}", f'#line 1 "{prelude_name}"', prelude, *lines,
-        f'#line {kernel.first_line} "{kernel.name}{suffix}"', kernel.body,
+        "namespace kernel_file {",  # a helper of the file hides one of the prelude with the same name
+        f'#line {kernel.first_line} "{kernel.name}{suffix}"', kernel.body, "}",
     ])  # fmt: skip
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 400_000
 _OPEN, _CLOSE = "/*---", "---*/"
-_TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize)\Z")
+_TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize|contiguous)\Z")
 _DEVICE = ("device.sms", "device.smem_per_block", "device.threads")
 
 
@@ -266,6 +266,8 @@ def _check_expression(kernel: Kernel, where: str, expression: Expression, known:
         tensor = _TENSOR_ATTRIBUTE.match(name)
         if name in known or name in _DEVICE or (tensor and tensor[1] in kernel.tensors):
             continue
+        if re.fullmatch(r"\w+\.product", name) and name.partition(".")[0] not in passed_by_pointer:
+            continue  # of a list parameter, such as normalized_shape.product; the task decides whether it is one
         if name in passed_by_pointer:
             problem = f"'{name}' is a tensor, workspace or tensor map, not a number"
         elif tensor:
@@ -273,7 +275,7 @@ def _check_expression(kernel: Kernel, where: str, expression: Expression, known:
         elif name.startswith("device."):
             problem = f"'{name}' is unknown (device has {', '.join(_DEVICE)})"
         elif "." in name:
-            problem = f"'{name}': a tensor has .shape[i], .stride[i], .numel, .ndim and .itemsize"
+            problem = f"'{name}': a tensor has .shape[i], .stride[i], .numel, .ndim, .itemsize and .contiguous"
         elif name.upper() == name and not name.startswith("_"):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
