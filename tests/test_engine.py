@@ -141,7 +141,7 @@ class TestTheLoop:
         engine, model, pool = searched(tmp_path, settings=settings, bank=(("known", kernel("1.5")), ("slow", kernel("9.0"))))
         assert pool.jobs["1.5", "quick"] == pool.jobs["9.0", "quick"] == 1
         assert kernel("1.5") in model.prompts["r1.s0.ideas.a0"]
-        assert "no kernel to start from" in model.prompts["r1.s1.ideas.a0"]
+        assert "Where to start" not in model.prompts["r1.s1.ideas.a0"]
         assert result(engine.run).record.kernel_text == kernel("1.5")
 
     def test_several_requests_fly_at_once_and_the_end_is_the_same(self, tmp_path: Path) -> None:

@@ -57,6 +57,35 @@ class TestWhatTheModelIsTold:
         for words in ("NVIDIA H100", "132", "3030 GB/s", "51.7 TFLOP/s", "0.0887 ms", "bound by memory traffic", "256 MiB"):
             assert words in request
 
+    @pytest.mark.parametrize(
+        "bound, rate, words",
+        [
+            ("flops", 692e12 / 3, "three float16 products: a third"), ("flops", 379e12, "TF32 rate"),
+            ("flops", 51.7e12, "strict float32 products"), ("bytes", 3.03e12, "memory bandwidth"), ("flops", 1e12, "be done."),
+        ],
+    )  # fmt: skip
+    def test_the_rate_that_the_floor_rests_on(self, bound: str, rate: float, words: str) -> None:
+        floor = {**FLOOR, "bound": bound, "ms": FLOOR[bound] / rate * 1e3}
+        assert words in render.floor_section(h100(floor=floor))
+
+    def test_a_cache_is_worth_a_line_only_if_it_is_faster_than_memory(self) -> None:
+        assert "stays in cache" not in render.device_section(goal(ceilings=CEILINGS))
+        assert "stays in cache" in render.device_section(goal(ceilings={**CEILINGS, "cache": 9e12}))
+
+    def test_without_a_kernel_to_start_from_none_is_spoken_of(self, tmp_path: Path) -> None:
+        where = goal()
+        for _, request in (first_ideas(where), render.code_prompt(where, Tree(where.settings), node(), 0)):
+            assert not [words for words in ("Where to start", "what is good in", "what exists") if words in request]
+        model = ScriptedModel(lambda role, slot: ideas_reply(f"{slot} idea") if role == "ideas" else code_reply("2.0"))
+        open_engine(tmp_path, model=model, pool=ScriptedPool()).drive()
+        assert "Where to start" in model.prompts["r2.s0.ideas.a0"] and "what exists" in model.prompts["r2.s0.ideas.a0"]
+        assert "what is good in the kernel" in model.prompts["r2.s0.i0.v0.a0"]
+
+    def test_how_many_combinations_of_constants_are_tried(self) -> None:
+        from torch_llmkernels.evaluate.run import MOST_TUNINGS
+
+        assert render.MOST_TUNINGS == MOST_TUNINGS and f"of more than {MOST_TUNINGS}" in first_ideas(goal())[0]
+
     def test_dynamic_sizes_are_named_as_such(self) -> None:
         dynamic = tasks.layer_norm_task(rows="d0", cols=64, hints={"d0": 8})
         assert "`d0` (now 8)" in first_ideas(goal(task=dynamic))[1]

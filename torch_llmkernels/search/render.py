@@ -18,9 +18,15 @@ from torch_llmkernels.search.tree import Candidate, IdeaNode, Prompt, Tree, plac
 from torch_llmkernels.task import ITEMSIZE, Task, TensorSpec
 
 MAX_DETAIL = 6000  # characters of a compiler log or check report
+MOST_TUNINGS = 32  # as `evaluate.run` has it, which imports torch
 MAX_HISTORY = 60  # ideas listed in a prompt: all the latest, then the best of the earlier ones
 
 _SPLIT = "<!-- request -->"
+
+_IMPROVE = "at least one is a safe improvement of what exists, and at least one is a different design of the whole kernel"
+_INVENT = "each is a complete design, as different from the others as can be; at least one is plain and safe"
+_REBUILD = "Implement the idea in full; keep what is good in the kernel to start from, and rebuild the rest around it freely."
+_FROM_SCRATCH = "Implement the idea in full; there is no kernel to start from."
 
 
 def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) -> tuple[str, str]:
@@ -32,21 +38,19 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
         seed: The kernel to improve; None asks for first designs.
         number: The round, from 1.
     """
-    fresh = "There is no kernel to start from yet: propose complete designs, as different from each other as can be."
-    start = seed_section(tree, seed) if seed else fresh_section(goal, fresh)
     return _render(
-        "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, start=start,
-        history=history_section(tree, number), families="; ".join(FAMILIES),
+        "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, mix=_IMPROVE if seed else _INVENT,
+        start=start_section(goal, tree, seed), history=history_section(tree, number), families="; ".join(FAMILIES),
     )  # fmt: skip
 
 
 def code_prompt(goal: Goal, tree: Tree, node: IdeaNode, variant: int) -> tuple[str, str]:
     """The system text and the request for one implementation of an idea."""
     seed = tree.candidates.get(node.seed)
-    start = seed_section(tree, seed) if seed else fresh_section(goal, "There is no kernel to start from: write it from scratch.")
     return _render(
-        "candidate.md", goal, start=start, idea=idea_section(node), variation=_variation(variant, goal.settings.variants)
-    )
+        "candidate.md", goal, start=start_section(goal, tree, seed), idea=idea_section(node),
+        freedom=_REBUILD if seed else _FROM_SCRATCH, variation=_variation(variant, goal.settings.variants),
+    )  # fmt: skip
 
 
 def repair_prompt(goal: Goal, tree: Tree, failed: Prompt, reason: str) -> tuple[str, str]:
@@ -74,6 +78,7 @@ def _render(name: str, goal: Goal, **values: Any) -> tuple[str, str]:
         "target": _file(f"target_{target}.md"),
         "example": fence(example(target), "cpp"),
         "prelude": fence(prelude(target), "cpp"),
+        "tunings": MOST_TUNINGS,
     }
     shared = {
         "format": fill(_file("format.md"), **parts),
@@ -204,7 +209,9 @@ def device_section(goal: Goal) -> str:
     labels = _LABELS[target]
     lines = [f"- {labels[name]}: {goal.facts[name]}" for name in labels if goal.facts.get(name)]
     measured = [
-        (words, goal.ceilings[name] / scale, unit) for name, words, unit, scale in _CEILINGS[target] if goal.ceilings.get(name)
+        (words, goal.ceilings[name] / scale, unit)
+        for name, words, unit, scale in _CEILINGS[target]
+        if goal.ceilings.get(name) and (name != "cache" or goal.ceilings["cache"] != goal.ceilings.get("copy"))
     ]
     if measured:
         lines += ["", "Measured here with simple programs, so ceilings in practice:"]
@@ -221,15 +228,52 @@ def floor_section(goal: Goal) -> str:
     if side:
         moved, gflop = _bytes(int(goal.floor.get("bytes", 0))), float(goal.floor.get("flops", 0)) / 1e9
         text += f", bound by {side}: {moved} must move (every input and output once), {gflop:.4g} GFLOP must be done"
+        text += _basis(goal)
     return f"{text}."
 
 
-def fresh_section(goal: Goal, words: str) -> str:
-    """What stands in a seed's place where there is none: how to begin, and accepted kernels of neighbouring signatures."""
+_OPTIMISTIC = "an optimistic multiple of the measured float32 rate: a bound, not a goal"
+_BASES: dict[tuple[str, str], tuple[tuple[str, float, str], ...]] = {
+    ("cuda", "bytes"): (("copy", 1.0, "the measured memory bandwidth"),),
+    ("cuda", "flops"): (
+        ("fp32", 1.0, "the measured rate of strict float32 products"),
+        ("tf32", 1.0, "the measured TF32 rate"),
+        ("fp16", 1.0, "the measured float16 rate of the tensor cores"),
+        ("fp16", 1 / 3, "strict float32 on tensor cores from three float16 products: a third of the measured float16 rate"),
+        ("fp32", 2.0, "twice the measured float32 rate, which float64 tensor cores reach at most"),
+    ),
+    ("cpu", "bytes"): (
+        ("copy", 1.0, "the measured memory bandwidth"),
+        ("cache", 1.0, "the measured bandwidth of data that stays in cache"),
+    ),
+    ("cpu", "flops"): (
+        ("fp32", 1.0, "the measured rate of float32 products"),
+        ("fp16", 1.0, _OPTIMISTIC),
+        ("fp16", 1 / 3, _OPTIMISTIC),
+        ("fp32", 2.0, _OPTIMISTIC),
+    ),
+}
+"""What a floor can rest on: a ceiling, the factor it is taken with, and words for it."""
+
+
+def _basis(goal: Goal) -> str:
+    """Which ceiling the floor rests on, read off its rate; nothing if it is none of them."""
+    kind = str(goal.floor["bound"])
+    rate = float(goal.floor.get(kind, 0)) / (goal.floor_ms / 1e3)
+    known = [(goal.ceilings[n] * f, words) for n, f, words in _BASES[goal.task.device, kind] if goal.ceilings.get(n)]
+    off, words = min(((abs(rate / ceiling - 1), words) for ceiling, words in known), default=(1.0, ""))
+    return f"; it rests on {words}" if off < 0.01 else ""
+
+
+def start_section(goal: Goal, tree: Tree, seed: Candidate | None) -> str:
+    """The kernel to start from; without one, accepted kernels of neighbouring signatures, if there are any."""
+    if seed:
+        return f"## Where to start\n{seed_section(tree, seed)}\n\n"
+    if not goal.neighbours:
+        return ""
     shown = [f"`{_cell(name)}`:\n{fence(text, 'cpp')}" for name, text in goal.neighbours]
-    if not shown:
-        return words
-    return "\n\n".join([words, "Kernels that were accepted for neighbouring signatures, for their techniques:", *shown])
+    words = "## Kernels of neighbouring signatures\nThey were accepted for other programs; shown for their techniques."
+    return "\n\n".join([words, *shown, ""])
 
 
 def seed_section(tree: Tree, seed: Candidate) -> str:
@@ -242,6 +286,9 @@ def seed_section(tree: Tree, seed: Candidate) -> str:
     if node:
         lines.append(f"- it implements: {_one_line(node.idea.mechanism)}")
     return "\n".join([*lines, "", fence(seed.text, "cpp")])
+
+
+_RESOURCES = {"registers": "registers as compiled"}
 
 
 def measurements(evaluation: Evaluation) -> list[str]:
@@ -258,7 +305,8 @@ def measurements(evaluation: Evaluation) -> list[str]:
         lines.append("tunables that won the sweep: " + ", ".join(f"{k}={v}" for k, v in evaluation.constants))
     resources = {f: v for f, v in vars(evaluation.resources).items() if v is not None}
     if resources:
-        shown = ", ".join(f"{k.replace('_', ' ')} {f'{v:.0%}' if k == 'occupancy' else v}" for k, v in resources.items())
+        named = {_RESOURCES.get(k, k.replace("_", " ")): f"{v:.0%}" if k == "occupancy" else v for k, v in resources.items()}
+        shown = ", ".join(f"{name} {value}" for name, value in named.items())
         lines.append(f"compiler and driver: {shown}")
     if evaluation.errors:
         worst = max(evaluation.errors, key=lambda e: e.frobenius / (e.frobenius_yardstick or 1.0))
