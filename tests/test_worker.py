@@ -105,11 +105,3 @@ def test_without_a_sanitizer_the_reason_is_recorded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sanitize, "find_sanitizer", lambda: None)
     report = sanitize.sanitize(Job(layer_norm_task(device="cuda"), KERNEL, constants={}))
     assert report.failure is None and report.summary.startswith("skipped: no compute-sanitizer")
-
-
-def test_ray_gives_the_same_answers() -> None:
-    pytest.importorskip("ray")
-    from torch_llmkernels.evaluate.pool import RayPool
-
-    with RayPool(gpus=0) as pool:
-        assert pool.submit(Job(softmax_task(), "not a kernel")).result().status is Status.INVALID
