@@ -34,8 +34,13 @@ AXIS, TEXT = "#8a8a8a", "#555555"
 def read_run(folder: Path) -> tuple[Goal, Tree]:
     """A run's goal and state, from `run.json` and `journal.jsonl`, compressed or not; nothing is written."""
     goal = Goal.from_json(json.loads((folder / "run.json").read_text()))
+    return goal, Tree(goal.settings, journal_of(folder))
+
+
+def journal_of(folder: Path) -> list[journal.Event]:
+    """The events of a run, compressed or not."""
     packed = folder / "journal.jsonl.gz"
-    return goal, Tree(goal.settings, journal.read(packed if packed.exists() else folder / "journal.jsonl"))
+    return journal.read(packed if packed.exists() else folder / "journal.jsonl")
 
 
 def recorded(root: Path) -> list[Path]:
@@ -76,9 +81,13 @@ def _cell(value: float | None, spec: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{spec}}{unit}"
 
 
+def _last(row: dict[str, Any]) -> float:
+    return float(next(v for v in reversed(row["speedups"]) if v))
+
+
 def draw(rows: Sequence[dict[str, Any]]) -> str:
     """Speedup over the best baseline after each round, logarithmic, a line per search; the dashed line is the baseline."""
-    shown = [row for row in rows if any(row["speedups"])]
+    shown = sorted((row for row in rows if any(row["speedups"])), key=_last, reverse=True)  # the legend in the lines' order
     values = [v for row in shown for v in row["speedups"] if v] + [1.0]
     high, low = math.log2(max(values) * 1.1), math.log2(min(values) / 1.1)
     rounds = max([len(row["speedups"]) for row in shown] + [2])
@@ -105,8 +114,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}"/>' for a, b in points]
-        last = next(v for v in reversed(row["speedups"]) if v)
-        top, label = TOP + 10 + place * ROW, f"{escape(row['run'])} {last:.2f}x"
+        top, label = TOP + 10 + place * ROW, f"{escape(row['run'])} {_last(row):.2f}x"
         parts.append(f'<text x="{WIDTH - RIGHT + 16}" y="{top}" fill="{color}">{label}</text>')
     if not shown:
         parts.append(f'<text x="{LEFT + 20}" y="{TOP + 40}" fill="{TEXT}">no recorded search has a correct kernel</text>')

@@ -8,10 +8,14 @@ import xml.dom.minidom
 from pathlib import Path
 
 import benchmark_path  # noqa: F401
+import branching
 import pytest
+import search_throughput
 import trajectories
 from rich.console import Console
-from scripted_search import ScriptedModel, ScriptedPool, default_answer, open_engine
+from scripted_search import SMALL, ScriptedModel, ScriptedPool, default_answer, evaluation, open_engine
+
+from torch_llmkernels.search.budget import preset
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +51,28 @@ def test_the_table_and_the_plot_name_every_run(journals: Path) -> None:
 def test_without_any_recorded_search_there_is_still_a_plot(tmp_path: Path) -> None:
     assert trajectories.recorded(tmp_path / "nothing") == []
     assert "no recorded search" in trajectories.draw([])
+
+
+def test_searches_are_compared_at_the_smaller_spend(tmp_path: Path) -> None:
+    settings = {"default": SMALL, "sequential": preset("sequential", rounds=3, repairs=0)}
+    for name, numbers in settings.items():
+        model = ScriptedModel(default_answer)
+        open_engine(tmp_path / name, settings=numbers, model=model, pool=ScriptedPool(), preset=name).drive()
+    folders = trajectories.recorded(tmp_path)
+    first, second = branching.compare([(*trajectories.read_run(f), trajectories.journal_of(f)) for f in folders])
+    assert (first["preset"], second["preset"]) == ("default", "sequential") and first["tokens"] == second["tokens"]
+    assert first["tokens"] == trajectories.read_run(tmp_path / "sequential")[1].spent.tokens
+    assert second["best"][-1] == pytest.approx(3.0 / 1.5)  # three rounds, each half a millisecond faster
+    assert first["best"][-1] == pytest.approx(3.0 / 2.5)  # of the same tokens the other had one round
+    assert branching.compare([(*trajectories.read_run(folders[0]), trajectories.journal_of(folders[0]))]) == []
+
+
+def test_a_kernel_counts_once_its_reply_is_paid_for() -> None:
+    points = [(100, 0.8), (300, 1.5)]
+    assert [branching.reached(points, tokens) for tokens in (50, 100, 299, 300)] == [None, 0.8, 0.8, 1.5]
+
+
+def test_throughput_counts_devices_and_takes_compilation_out() -> None:
+    numbers = search_throughput.rate([evaluation("1.0")] * 6, wall_s=30.0, devices=2, compile_s=5.0)
+    assert numbers["per_minute"] == 6.0 and numbers["per_minute_overlapped"] == 12.0
+    assert len(set(search_throughput.different(["a\n", "b\n"], 5))) == 5
