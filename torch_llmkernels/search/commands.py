@@ -273,7 +273,7 @@ def _task(text: str) -> Task:
     if len(found) != 1:
         names = ", ".join(f"{t.signature} {t.key}" for t in list(found.values())[:8])
         problem = f"{len(found)} tasks match {text!r} ({names}); give more of one key" if found else f"no task matches {text!r}"
-        raise SearchError(f"{problem}; or pass a task's JSON file, as `llmkernels explain --json` prints it")
+        raise SearchError(f"{problem}; or pass a task's JSON file (docs/search.md says how to write one)")
     return next(iter(found.values()))
 
 
