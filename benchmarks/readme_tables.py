@@ -1,7 +1,8 @@
 """The README's tables, generated from the committed results, and a plot beside each.
 
-A table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `models`, `kernelbench`); it holds one section
-per device kind that has a result file under `benchmarks/results/`.
+The table of the shipped kernels, between `<!-- begin:kernels -->` and `<!-- end:kernels -->`, comes from the library's records.
+Every other table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `models`, `kernelbench`); it holds
+one section per device kind that has a result file under `benchmarks/results/`.
 
     python benchmarks/readme_tables.py            write README.md and the plots
     python benchmarks/readme_tables.py --check    exit with 1 if they do not agree with the results
@@ -100,6 +101,34 @@ def _times(ratio: float | None) -> str | None:
     return None if ratio is None else f"{ratio:.2f}x"
 
 
+def kernels(records: Sequence[Result]) -> str:
+    """The shipped kernels of one device: each at the task it was accepted for, beside the baselines of the same evaluation."""
+    rows = []
+    for record in sorted(records, key=lambda r: (r["task"]["signature"], r["task"]["inputs"][0]["shape"])):
+        found, task = record["evaluation"], record["task"]
+        times, best = found["baselines_ms"], min(found["baselines_ms"].values())
+        worst = max((e for e in found["errors"] if e["distribution"] == "normal"), key=lambda e: e["frobenius"])
+        shape = " · ".join("x".join(map(str, t["shape"])) for t in task["inputs"][:2])
+        rows.append([
+            f"{task['signature']} {task['inputs'][0]['dtype']} {shape}",
+            found["time_ms"], times.get("eager"), times.get("inductor"),
+            f"{best / found['time_ms']:.2f}x", f"{found['floor_ms'] / found['time_ms']:.0%}", worst["frobenius"],
+            worst["frobenius_yardstick"], f"`{record['kernel_name']}`",
+        ])  # fmt: skip
+    columns = ["task", "kernel ms", "eager ms", "Inductor ms", "of the best", "of the floor", "error", "eager's error", "kernel"]
+    return markdown(columns, rows)
+
+
+def kernel_sections(library: Path) -> str:
+    """`kernels` for every device that the library has records for."""
+    sections = []
+    for folder in sorted(p for p in (library / "records").glob("*") if p.is_dir()):
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+        where = records[0]["evaluation"]["environment"]
+        sections.append(f"**{where['device']}, torch {where['torch']}**\n\n{kernels(records)}")
+    return "\n\n".join(sections) or "Not measured yet."
+
+
 TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "models": models, "kernelbench": kernelbench}
 
 
@@ -128,11 +157,13 @@ def load(results: Path, name: str) -> list[Result]:
 
 
 def rendered(readme: str, results: Path) -> str:
-    """The README with every table generated anew.
+    """The README with every table generated anew, the library's from its records.
 
     Raises:
         SystemExit: if there are results for a table that the README has no place for.
     """
+    place = re.compile(r"(<!-- begin:kernels -->\n).*?(<!-- end:kernels -->)", re.DOTALL)
+    readme = place.sub(lambda match: f"{match[1]}{kernel_sections(ROOT / 'cache')}\n{match[2]}", readme)
     for name in TABLES:
         found = load(results, name)
         place = re.compile(rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)", re.DOTALL)

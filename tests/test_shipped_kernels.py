@@ -1,0 +1,167 @@
+"""The shipped library: every kernel parses and builds, and the CPU's are right on shapes that their authors never saw."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torch_llmkernels
+from torch_llmkernels.cache.library import Library
+from torch_llmkernels.capture import capture
+from torch_llmkernels.evaluate.job import Job
+from torch_llmkernels.evaluate.run import evaluate
+from torch_llmkernels.evaluation import Status
+from torch_llmkernels.kernels.device import facts_for_arch
+from torch_llmkernels.kernels.source import Kernel, parse_kernel
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.task import Task
+
+ROOT = Path(__file__).parent.parent / "cache"
+LIBRARY = Library(ROOT, strict=True)
+FILES = sorted(p for p in ROOT.glob("*/*") if p.suffix in (".cu", ".cpp"))
+RECORDS = sorted(LIBRARY.records(), key=lambda r: (r.device_kind, r.task.signature, r.task.key))
+HOPPER = re.compile(r"wgmma|cp\.async\.bulk|mbarrier|mapa|tma_|cluster_|setmaxnreg|bulk_")
+
+no_compiler = pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
+
+
+def named(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_a_file_parses_and_lies_in_the_folder_of_what_it_implements(path: Path) -> None:
+    kernel = parse_kernel(path.read_text(), path.stem)
+    assert kernel.implements == path.parent.name
+    assert {"cuda": ".cu", "cpu": ".cpp"}[kernel.target] == path.suffix
+
+
+def test_every_record_was_accepted_by_the_full_check() -> None:
+    assert RECORDS
+    for record in RECORDS:
+        assert record.evaluation.status is Status.TIMED and record.evaluation.tier == "full", record.task.signature
+
+
+CUDA_RECORDS = [r for r in RECORDS if r.task.device == "cuda"]
+
+
+@pytest.mark.parametrize("record", CUDA_RECORDS, ids=lambda r: f"{r.task.signature}-{r.task.key[:6]}")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_100a"])
+def test_a_cuda_kernel_builds_for_its_task(record, arch: str) -> None:
+    if reason := _nvrtc_missing():
+        pytest.skip(reason)
+    kernel = parse_kernel(record.kernel_text, record.kernel_name)
+    if arch != "sm_90a" and HOPPER.search(kernel.body):
+        pytest.skip(f"{record.kernel_name} uses instructions of sm_90a")
+    facts = facts_for_arch(arch)
+    binary = target_for("cuda").compile(kernel, record.task, dict(record.constants), facts)
+    assert binary.resources.registers and binary.resources.registers <= 255
+
+
+def _nvrtc_missing() -> str:
+    from torch_llmkernels.errors import ToolchainMissing
+    from torch_llmkernels.kernels import nvrtc
+
+    try:
+        nvrtc.prelude()
+        import cuda.bindings.nvrtc  # noqa: F401
+    except (ImportError, ToolchainMissing) as error:
+        return str(error)
+    return ""
+
+
+# Shapes with tails, other ranks and other parameters than those the searches were run for.
+UNSEEN = {
+    "layer_norm": [(nn.LayerNorm(33), (7, 33)), (nn.LayerNorm(160), (2, 5, 160)), (nn.LayerNorm(1027), (3, 1027))],
+    "softmax": [(nn.Softmax(-1), (5, 17)), (nn.Softmax(-1), (2, 3, 129)), (nn.Softmax(-1), (4, 3001))],
+    "conv2d.relu.max_pool2d": [
+        (nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)), (2, 3, 15, 18)),
+        (nn.Sequential(nn.Conv2d(4, 33, 5, stride=2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2)), (1, 4, 37, 29)),
+        (nn.Sequential(nn.Conv2d(1, 16, 1), nn.ReLU(), nn.MaxPool2d(3, 1, 1)), (3, 1, 9, 9)),
+    ],
+    "conv2d": [
+        (nn.Conv2d(3, 5, 3, padding=1), (2, 3, 15, 18)),
+        (nn.Conv2d(6, 17, (5, 3), stride=(2, 1), bias=False), (1, 6, 21, 13)),
+        (nn.Conv2d(8, 24, 1), (3, 8, 7, 9)),
+    ],
+    "linear.gelu": [
+        (nn.Sequential(nn.Linear(31, 65), nn.GELU()), (13, 31)),
+        (nn.Sequential(nn.Linear(128, 48), nn.GELU()), (2, 9, 128)),
+        (nn.Sequential(nn.Linear(200, 333), nn.GELU()), (77, 200)),
+    ],
+}
+
+
+class Attention(nn.Module):
+    """q, k and v as they come out of one projection: strided views."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = x.view(batch, tokens, 3, 2, width // 6).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+UNSEEN["attention"] = [(Attention(), (2, 19, 192)), (Attention(), (1, 130, 96)), (Attention(), (1, 64, 384))]
+BACKWARD = {"layer_norm_backward": UNSEEN["layer_norm"]}
+
+
+def tasks_of(signature: str) -> list[Task]:
+    """The unseen tasks of a signature, captured from modules as a user would write them."""
+    training = signature in BACKWARD
+    found = []
+    for module, shape in (BACKWARD if training else UNSEEN).get(signature, []):
+        torch.manual_seed(0)
+        x = torch.randn(shape, requires_grad=training)
+        found += [r.task for r in capture(module, [x], training=training) if r.task.signature == signature]
+    return found
+
+
+CPU = [(s, k) for s in LIBRARY.signatures() for k in LIBRARY.kernels(s, "cpu")]
+
+
+@no_compiler
+@pytest.mark.parametrize(("signature", "kernel"), CPU, ids=lambda v: v if isinstance(v, str) else v.name)
+def test_a_cpu_kernel_is_right_on_shapes_its_author_never_saw(signature: str, kernel: Kernel) -> None:
+    served = [task for task in tasks_of(signature) if kernel.why_not(task) is None]
+    outcomes = [evaluate(Job(task, kernel.text, kernel.name, timed=False)) for task in served]
+    assert not [(o.status, o.detail) for o in outcomes if o.status not in (Status.CORRECT, Status.NOT_APPLICABLE)]
+    assert sum(o.status is Status.CORRECT for o in outcomes) >= 2, [o.detail for o in outcomes]
+
+
+@no_compiler
+def test_forward_fused_and_backward_regions_run_swapped(tmp_path: Path) -> None:
+    """`swap="correct"` takes every kernel that is right, fast or not: so "never swapped" cannot pass for working."""
+    torch.manual_seed(0)
+    norm, x = nn.LayerNorm(96), torch.randn(24, 96, requires_grad=True)
+    fused, image = UNSEEN["conv2d.relu.max_pool2d"][0][0], torch.randn(2, 3, 15, 18)
+    options = {"swap": "correct", "strict": True, "cache_dir": str(tmp_path / "store"), "verify_budget_s": 600.0}
+    compiled = torch.compile(norm, backend="llmkernels", options=options)
+    compiled(x).square().sum().backward()
+    got = [x.grad.clone(), *(p.grad.clone() for p in norm.parameters())]
+    x.grad = None
+    norm.zero_grad()
+    norm(x).square().sum().backward()
+    for mine, eager in zip(got, [x.grad, *(p.grad for p in norm.parameters())], strict=True):
+        torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), norm(x))
+        torch.testing.assert_close(torch.compile(fused, backend="llmkernels", options=options)(image), fused(image))
+    swapped = {r.signature for g in torch_llmkernels.report() for r in g.regions if r.swapped}
+    assert {"layer_norm", "layer_norm_backward", "conv2d.relu.max_pool2d"} <= swapped
+
+
+@no_compiler
+def test_a_misaligned_input_runs_the_reference_and_is_right(tmp_path: Path) -> None:
+    options = {"swap": "correct", "cache_dir": str(tmp_path / "store"), "verify_budget_s": 600.0}
+    norm = nn.LayerNorm(64)
+    compiled = torch.compile(norm, backend="llmkernels", options=options)
+    storage = torch.randn(16 * 64 + 1)
+    with torch.no_grad():
+        for offset in (0, 1):
+            x = storage[offset : offset + 16 * 64].view(16, 64)
+            torch.testing.assert_close(compiled(x), norm(x))
