@@ -96,6 +96,7 @@ class InputGenerator:
         self._roles = roles(self._module, task)
         self._calm = calm_inputs(self._module, task)
         self._floats = [t.name for t in task.inputs if t.dtype in FLOATS]
+        self._plantable = [name for name in self._floats if not (_pads(task) and name == "weight")]
         self._depends = has_dependent_inputs(task)
 
     def make(self, distribution: str, seed: int) -> list[torch.Tensor]:
@@ -105,7 +106,7 @@ class InputGenerator:
             distribution: A name in `DISTRIBUTIONS`.
             seed: Any int.
         """
-        primary = _primary(self._floats, distribution, seed)
+        primary = _primary(self._plantable if distribution == "planted" else self._floats, distribution, seed)
         if distribution != "planted":
             primary -= self._calm
         values = []
@@ -114,6 +115,17 @@ class InputGenerator:
             mine = distribution if spec.name in primary else "normal"
             values.append(_value(spec, mine, self._roles.get(spec.name), g))
         return make_consistent(self._module, values) if self._depends else values
+
+
+def _pads(task: Task) -> bool:
+    """Whether a convolution of the task pads.
+
+    Infinity in its weights would meet the zeros of the padding or not, by the algorithm that eager chooses for the shape: some
+    skip padded taps, others multiply them. There is no answer that a kernel could be held to.
+    """
+    padding = task.param.get("padding")
+    padded = any(padding) if isinstance(padding, tuple) else bool(padding)
+    return padded and any(".convolution." in node.op for node in task.program)
 
 
 def _primary(floats: list[str], distribution: str, seed: int) -> set[str]:
