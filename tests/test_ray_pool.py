@@ -34,14 +34,14 @@ def pool() -> Iterator[RayPool]:
 
 
 def worker_processes() -> list[int]:
-    """Evaluation workers among the descendants of this process, as /proc tells."""
+    """Evaluation workers of Ray's actors, as /proc tells; a worker of this very process belongs to another test."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue  # it has ended
-    return [pid for pid in parents if _descends(pid, parents) and _is_worker(pid)]
+    return [pid for pid in parents if _descends(pid, parents) and _is_worker(pid) and parents[pid] != os.getpid()]
 
 
 def _descends(pid: int, parents: dict[int, int]) -> bool:
