@@ -27,7 +27,6 @@ from torch_llmkernels.evaluation import Decision
 from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.program import module_of
-from torch_llmkernels.resolve import label
 from torch_llmkernels.search import journal, progress
 from torch_llmkernels.search.engine import run_search
 from torch_llmkernels.search.llm import ReplayProvider
@@ -68,7 +67,7 @@ def search_and_compile(goal: Goal, recorded: Path, folder: Path) -> None:
     kernel = parse_kernel(found.record.kernel_text, found.record.kernel_name)
     evaluation = found.record.evaluation
     open_store(current()).put_decision(
-        RecordKey.of(goal.task, facts), Decision(found.record, "found by a search", ((label(kernel), evaluation),))
+        RecordKey.of(goal.task, facts), Decision(found.record, "found by a search", ((kernel.label, evaluation),))
     )
     compile_with(goal)
 

@@ -87,16 +87,16 @@ class Resolver:
         record = self.library.record(task.key, facts.kind)
         if record is not None:
             kernel = parse_kernel(record.kernel_text, record.kernel_name)
-            found[label(kernel)] = (kernel, record)
+            found[kernel.label] = (kernel, record)
         if known.record is not None:
             kernel = parse_kernel(known.record.kernel_text, known.record.kernel_name)
-            found.setdefault(label(kernel), (kernel, known.record))
+            found.setdefault(kernel.label, (kernel, known.record))
         for imported in self.store.imported(task.signature):
             if imported.task.key == task.key and imported.device_kind == facts.kind:
                 kernel = parse_kernel(imported.kernel_text, imported.kernel_name)
-                found.setdefault(label(kernel), (kernel, imported))
+                found.setdefault(kernel.label, (kernel, imported))
         for kernel in self.library.kernels(task.signature, task.device):
-            found.setdefault(label(kernel), (kernel, None))
+            found.setdefault(kernel.label, (kernel, None))
         self.excluded = {kernel.name: reason for kernel, _ in found.values() if (reason := kernel.why_not(task))}
         return [pair for name, pair in found.items() if name not in settled and pair[0].name not in self.excluded]
 
@@ -115,7 +115,7 @@ class Resolver:
                     complete = False
                     break
                 evaluation = evaluate(task, kernel, record, self.settings)
-                log.debug("%s %s on %s: %s %s", task.signature, task.key, label(kernel), evaluation.status, evaluation.detail)
+                log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
                 known = merge(known, task, kernel, evaluation, facts, origin=record.origin if record else "library")
                 self.store.put_decision(key, known)
         if not complete:
@@ -139,14 +139,9 @@ class Resolver:
         return choose(known, task, self.settings)
 
 
-def label(kernel: Kernel) -> str:
-    """How a kernel is named in a decision: `name@digest`, so that an edited file counts as a new kernel."""
-    return f"{kernel.name}@{kernel.digest[:8]}"
-
-
 def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:
     """`known` with one more evaluation; the record is the fastest correct kernel so far, whether or not it wins."""
-    tried = (*((n, e) for n, e in known.tried if n != label(kernel)), (label(kernel), evaluation))
+    tried = (*((n, e) for n, e in known.tried if n != kernel.label), (kernel.label, evaluation))
     record = known.record
     if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
         record = None  # its evidence is being replaced

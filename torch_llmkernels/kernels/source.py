@@ -54,6 +54,11 @@ class Kernel(Header):
         return tasks.digest(self.text)
 
     @property
+    def label(self) -> str:
+        """How decisions name the kernel: `name@digest`, so that an edited file counts as a new one."""
+        return f"{self.name}@{self.digest[:8]}"
+
+    @property
     def launches(self) -> tuple[Launch, ...]:
         """Prepare launches, then main launches."""
         return (*self.prepare, *self.launch)

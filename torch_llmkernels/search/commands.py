@@ -420,7 +420,7 @@ def _remember(run: Run, record: Record) -> None:
     if rival is not None and rival <= (record.evaluation.time_ms or 0.0):
         print(f"not stored: {known.record.kernel_name if known.record else ''} is already there and takes {rival:.4g} ms")
         return
-    label = f"{record.kernel_name}@{parse_kernel(record.kernel_text, record.kernel_name).digest[:8]}"
+    label = parse_kernel(record.kernel_text, record.kernel_name).label
     store.put_decision(key, Decision(record, f"found by search {run.name}", (*known.tried, (label, record.evaluation))))
     print(f"stored in {store.directory}")
 

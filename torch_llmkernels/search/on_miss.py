@@ -147,7 +147,7 @@ def remember_winner(task: Task, settings: Settings) -> str:
     record = search(task, facts, key, store, settings)
     if record is None:
         return "no winner"
-    name = f"{record.kernel_name}@{parse_kernel(record.kernel_text, record.kernel_name).digest[:8]}"
+    name = parse_kernel(record.kernel_text, record.kernel_name).label
     known = store.decision(key) or Decision(None, "found by a search")
     store.put_decision(key, Decision(record, known.reason, (*known.tried, (name, record.evaluation))))
     return f"winner {name}"
