@@ -50,7 +50,7 @@ def edited(old: str, new: str) -> str:
 
 def test_a_whole_file_parses_into_its_parts() -> None:
     kernel = parse_kernel(file(), "relu")
-    assert kernel.implements == "add.relu" and kernel.dtypes == ("float32", "float16") and kernel.align == 16
+    assert kernel.implements == ("add.relu",) and kernel.dtypes == ("float32", "float16") and kernel.align == 16
     assert kernel.tensors == ("a", "b", "y")
     assert [p.type for p in kernel.launch[0].params] == ["pointer", "pointer", "pointer", "i32"]
     assert kernel.text.splitlines()[kernel.first_line] == BODY  # the body starts right behind the header's last line

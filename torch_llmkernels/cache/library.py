@@ -67,17 +67,22 @@ class Library:
 
     def signatures(self) -> list[str]:
         """Every signature that has a kernel, sorted."""
-        return sorted({path.parent.name for suffix in SUFFIX.values() for path in self.root.glob(f"*/*{suffix}")})
+        found = (self._kernel(path) for suffix in SUFFIX.values() for path in self.root.glob(f"*/*{suffix}"))
+        return sorted({signature for kernel in found if kernel is not None for signature in kernel.implements})
 
     def kernels(self, signature: str, target: str) -> tuple[Kernel, ...]:
-        """The kernels of `signature` for `target` (`cuda` or `cpu`), by file name.
+        """The kernels of `signature` for `target` (`cuda` or `cpu`): its own folder first, then those of others that serve it too.
 
         Raises:
             KernelSourceError: with `strict`, for a file that does not parse.
         """
-        paths = sorted((self.root / _plain(signature)).glob(f"*{SUFFIX[target]}"))
-        found = (self._kernel(path) for path in paths)
-        return tuple(kernel for kernel in found if kernel is not None)
+        found = (self._kernel(path) for path in self._paths(signature, f"*{SUFFIX[target]}"))
+        return tuple(kernel for kernel in found if kernel is not None and signature in kernel.implements)
+
+    def _paths(self, signature: str, pattern: str) -> list[Path]:
+        """Files of kernels, the signature's own folder first."""
+        home = _plain(signature)
+        return sorted(self.root.glob(f"*/{pattern}"), key=lambda path: (path.parent.name != home, path))
 
     def _kernel(self, path: Path) -> Kernel | None:
         stat = path.stat()
@@ -127,7 +132,13 @@ class Library:
         return record
 
     def _kernel_path(self, signature: str, name: str, device: str) -> Path:
-        return self.root / _plain(signature) / (_plain(name) + SUFFIX[device])
+        """The file of a record's kernel: in the signature's own folder, else in that of another signature that it serves too."""
+        home = self.root / _plain(signature) / (_plain(name) + SUFFIX[device])
+        if home.exists():
+            return home
+        others = self._paths(signature, _plain(name) + SUFFIX[device])
+        serving = (p for p in others if (kernel := self._kernel(p)) is not None and signature in kernel.implements)
+        return next(serving, home)
 
     @property
     def digest(self) -> str:
@@ -156,8 +167,8 @@ class Library:
         task, name = record.task, record.kernel_name
         if not record.evaluation.status.is_correct:
             raise StoreError(f"kernel {name} was not accepted ({record.evaluation.status}); a library holds correct kernels only")
-        parse_kernel(record.kernel_text, name)
-        kernel = self._kernel_path(task.signature, name, task.device)
+        home = parse_kernel(record.kernel_text, name).implements[0]
+        kernel = self.root / _plain(home) / (_plain(name) + SUFFIX[task.device])
         if kernel.exists() and kernel.read_text() != record.kernel_text and not replace:
             raise StoreError(f"{kernel} exists with another text; rename the new kernel or pass replace=True")
         plain: dict[str, Any] = {**record.to_json(), "kernel_sha256": _sha256(record.kernel_text)}

@@ -98,7 +98,7 @@ class Launch:
 class Header:
     """The validated header; see docs/design.md for every field."""
 
-    implements: str
+    implements: tuple[str, ...]
     target: str
     dtypes: tuple[str, ...]
     optional: tuple[str, ...]
@@ -129,7 +129,7 @@ def parse_header(toml: str) -> Header:
     _known(table, _TOP, "header")
     target = _choice(table, "target", TARGETS, "header")
     return Header(
-        implements=_text(table, "implements", "header"),
+        implements=_implements(table),
         target=target,
         dtypes=_choices(table, "dtypes", tuple(ITEMSIZE), "header"),
         optional=_names(table, "optional"),
@@ -143,6 +143,16 @@ def parse_header(toml: str) -> Header:
         tensor_map=tuple(_tensor_map(t, w) for t, w in _tables(table, "tensor_map")),
         launch=tuple(_launch(t, w, target) for t, w in _tables(table, "launch")),
     )
+
+
+def _implements(table: Mapping[str, Any]) -> tuple[str, ...]:
+    """One signature, or a list of those that the source serves (it asks `OP_<STAGE>` which one a task has)."""
+    if isinstance(table.get("implements"), list):
+        found = _strings(table, "implements", "header")
+        if not found or "" in found or len(set(found)) < len(found):
+            raise KernelSourceError(f"header: 'implements' lists {list(found)!r}; it must name one or more different signatures")
+        return found
+    return (_text(table, "implements", "header"),)
 
 
 def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

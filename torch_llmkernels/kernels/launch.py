@@ -82,12 +82,29 @@ def _base_environment(
     present = {t.name for t in tensors}
     names = _parameters(task)
     names.update((f"HAS_{name.upper()}", int(name in present)) for name in kernel.optional)
+    names.update(stage_positions(kernel, task))
     names.update(constants)
     for spec in tensors:
         names.update(_attributes(spec))
     if facts is not None:
         names.update({"device.sms": facts.sms, "device.smem_per_block": facts.smem_per_block, "device.threads": facts.threads})
     return names
+
+
+def stages(kernel: Kernel) -> set[str]:
+    """Every stage of every signature that a kernel implements: `conv2d.relu` has `conv2d` and `relu`."""
+    return {stage for signature in kernel.implements for stage in signature.split(".")}
+
+
+def stage_macro(stage: str) -> str:
+    """`OP_RELU` for `relu`."""
+    return f"OP_{stage.upper()}"
+
+
+def stage_positions(kernel: Kernel, task: Task) -> dict[str, int]:
+    """For each stage that the kernel knows: its place in the task's signature, counted from 1, or 0 where the task lacks it."""
+    placed = task.signature.split(".")
+    return {stage_macro(s): placed.index(s) + 1 if s in placed else 0 for s in sorted(stages(kernel))}
 
 
 def _parameters(task: Task) -> dict[str, int]:
@@ -220,6 +237,7 @@ def macros(kernel: Kernel, task: Task, constants: Mapping[str, int], facts: Devi
         found[f"HAS_{name.upper()}"] = str(int(name in present))
         found[f"T_{name}"] = "T"  # an absent tensor's pointer still needs a type
     found.update((f"T_{name}", C_TYPES[kind]) for name, kind in present.items())
+    found.update((name, str(position)) for name, position in stage_positions(kernel, task).items())
     for name, value in task.params:
         found.update(_parameter_macros(f"P_{name.upper()}", value))
     names = _base_environment(kernel, task, constants, facts, None)

@@ -65,8 +65,8 @@ class Kernel(Header):
 
     def why_not(self, task: Task) -> str | None:
         """The reason why it cannot serve `task` whatever the constants, or None."""
-        if self.implements not in (task.signature, task.signature_key):
-            return f"it implements {self.implements}, the task is {task.signature}"
+        if not {task.signature, task.signature_key} & set(self.implements):
+            return f"it implements {', '.join(self.implements)}, the task is {task.signature}"
         if self.target != task.device:
             return f"it is written for {self.target}, the task is on {task.device}"
         dtype = launch.main_dtype(task)
@@ -231,6 +231,7 @@ def _check_names(kernel: Kernel) -> None:
         if name not in kernel.tensors:
             raise KernelSourceError(f"header: optional tensor '{name}' is not an argument of any launch; pass it or drop it")
     known = {name for name, _ in kernel.tune} | {f"HAS_{name.upper()}" for name in kernel.optional}
+    known |= {launch.stage_macro(stage) for stage in launch.stages(kernel)}
     names = [name for name, _ in kernel.dims]
     for i, (name, expression) in enumerate(kernel.dims):
         late = sorted(expression.names & set(names[i:]))
@@ -284,7 +285,7 @@ def _check_expression(kernel: Kernel, where: str, expression: Expression, known:
         elif name.upper() == name and not name.startswith("_"):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            problem = f"'{name}' is neither a tunable nor HAS_<an optional tensor> (known: {', '.join(sorted(known))}){hint}"
+            problem = f"'{name}' is neither a tunable, HAS_<an optional tensor> nor OP_<a stage that it implements> (known: {', '.join(sorted(known))}){hint}"
         else:
             continue
         raise KernelSourceError(f"{where}: in {expression.text!r}, {problem}")
