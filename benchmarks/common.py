@@ -1,5 +1,7 @@
 """What the benchmarks share: the header of a result file, timing in turns, errors against float64, tables.
 
+Importing this registers the backend, so that a benchmark runs from a checkout that is on `PYTHONPATH` and not installed.
+
 Results go to `benchmarks/results/<device kind>/<name>.json` and are written after every row, so that a run that is cut short
 keeps what it has. Every file names the device, the versions, the flags and the commit.
 """
@@ -10,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import math
@@ -28,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from torch_llmkernels import registry
+from torch_llmkernels import backend, registry, settings
 from torch_llmkernels.cache.library import write_atomically
 from torch_llmkernels.kernels.targets import target_for
 
@@ -39,6 +42,7 @@ MOST_ERROR = 1.1
 """A result is accurate if its error is at most this multiple of eager's, or a few roundings of its dtype."""
 
 console = Console(width=170)
+backend.register()
 
 
 def arguments(doc: str, name: str) -> argparse.ArgumentParser:
@@ -47,10 +51,16 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, help=f"the result file (default: benchmarks/results/<device kind>/{name}.json)")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
-    parser.add_argument("--budget-s", type=float, default=math.inf, help="start no further row after this many seconds")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="start nothing further after this many seconds")
+    parser.add_argument("--store", type=Path, help="where verified kernels are remembered (default: the user's store)")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products and convolutions")
     parser.add_argument("--resume", action="store_true", help="keep the rows of the result file and measure the others")
     return parser
+
+
+def knobs(args: argparse.Namespace, **values: Any) -> contextlib.AbstractContextManager[Any]:
+    """`settings.override` with these values and the store that the command line names."""
+    return settings.override(**values, **({"cache_dir": str(args.store.resolve())} if args.store else {}))
 
 
 def header(device: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,15 +118,16 @@ class Results:
     """
 
     def __init__(self, name: str, args: argparse.Namespace, key: Sequence[str]) -> None:
-        flags = {k: str(v) for k, v in vars(args).items() if v not in (None, False)}
+        flags = {k: str(v) for k, v in vars(args).items() if v not in (None, False) and k not in ("out", "store")}
         self.header = {"benchmark": name, **header(args.device, flags)}
+        self.device: str = args.device
         self.path: Path = args.out or RESULTS / self.header["device_kind"] / f"{name}.json"
         self.key = tuple(key)
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self._deadline = time.monotonic() + args.budget_s
         if args.resume and self.path.exists():
-            self.rows = json.loads(self.path.read_text())["rows"]
+            self.rows = [row for row in json.loads(self.path.read_text())["rows"] if "skipped" not in row]
 
     def add(self, row: dict[str, Any]) -> None:
         """Add or replace a row and write the file."""
@@ -127,11 +138,36 @@ class Results:
         """Write the file."""
         write_atomically(self.path, json.dumps({**self.header, "summary": self.summary, "rows": self.rows}, indent=1) + "\n")
 
+    @property
+    def left_s(self) -> float:
+        """Seconds left of `--budget-s`; not above 0 when it is spent."""
+        return self._deadline - time.monotonic()
+
     def wanted(self, **names: Any) -> bool:
         """Whether a row is still to be measured, and there is time for it."""
-        if time.monotonic() > self._deadline:
+        if self.left_s <= 0:
             return False
         return all(self._name(r) != tuple(names[k] for k in self.key) for r in self.rows)
+
+    def measure(self, measured: Callable[[], dict[str, Any]], **names: Any) -> None:
+        """Add the row that `measured` makes; whatever it raises becomes the row's `skipped`, and the next row goes on.
+
+        Raises:
+            SystemExit: if the device is lost with it: no later row could be measured in this process. Nothing written is lost.
+        """
+        console.print(" ".join(str(value) for value in names.values()) + " ...", markup=False)
+        try:
+            row = measured()
+        except Exception as problem:  # a model may fail in any way, out of memory first of all
+            row = {**names, "skipped": one_line(problem)}
+        self.add(row)
+        gc.collect()
+        try:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except RuntimeError as problem:
+            raise SystemExit(f"the device is lost after {names}: {one_line(problem)}; run again with --resume") from problem
 
     def _name(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[k] for k in self.key)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ import common
 import torch
 from torch import nn
 
-from torch_llmkernels import registry, settings
+from torch_llmkernels import registry
 
 CONTENDERS: dict[str, dict[str, Any]] = {"eager": {}, "inductor": {"backend": "inductor"}, "ours": {"backend": "llmkernels"}}
 FAST = (0.0, 0.5, 0.8, 1.0, 1.5, 2.0)
@@ -172,7 +173,7 @@ def show(results: common.Results) -> None:
     """The tables and the list of misses."""
 
     def of(row: dict[str, Any], name: str) -> Any:
-        return row["contenders"].get(name, {}).get("ms")
+        return row.get("contenders", {}).get(name, {}).get("ms")
 
     rows = [
         [
@@ -181,7 +182,7 @@ def show(results: common.Results) -> None:
             row.get("vs_eager"),
             row.get("vs_inductor"),
             row.get("swaps"),
-            row["verdict"],
+            row.get("verdict") or f"not measured: {row['skipped']}",
         ]
         for row in results.rows
     ]
@@ -213,14 +214,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_scale(args)
     results = common.Results("kernelbench", args, key=("problem",))
-    with settings.override(verify_budget_s=600.0), common.tf32(args.tf32):
+    with common.knobs(args, verify_budget_s=600.0), common.tf32(args.tf32):
         for path in problems(args.folder, [o for o in args.only.split(",") if o]):
             name = path.relative_to(args.folder).with_suffix("").as_posix()
             if results.wanted(problem=name):
-                common.console.print(f"{name} ...")
-                results.add(measure(path, args.folder, args.device, args.batch_scale, args.quick))
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
+                results.measure(
+                    functools.partial(measure, path, args.folder, args.device, args.batch_scale, args.quick), problem=name
+                )
     show(results)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from problems import CPU, PROBLEMS, SEED, WIDER, Problem
 from torch import nn
 
-from torch_llmkernels import registry, settings
+from torch_llmkernels import registry
 from torch_llmkernels.capture import capture
 from torch_llmkernels.evaluate.roofline import floor, measure_ceilings
 from torch_llmkernels.kernels.targets import target_for
@@ -134,7 +135,8 @@ def show(results: common.Results) -> None:
         return row["contenders"].get(name, {}).get(field)
 
     rows = []
-    for row in results.rows:
+    measured = [row for row in results.rows if "skipped" not in row]
+    for row in measured:
         kernels = ", ".join(s.split(": ")[1] for s in of(row, "ours", "swapped") or []) or "no swap"
         times = [of(row, name, "ms") for name in CONTENDERS]
         errors = [of(row, name, "error") for name in ("eager", "ours")]
@@ -151,14 +153,14 @@ def show(results: common.Results) -> None:
         "kernel",
     ]
     common.print_table(f"Operators on {results.header['device']}, commit {results.header['commit']}", columns, rows)
-    won = [row["speedup"] for row in results.rows if row["speedup"] and of(row, "ours", "swapped")]
+    won = [row["speedup"] for row in measured if row["speedup"] and of(row, "ours", "swapped")]
     results.summary = {"geomean_speedup": common.geomean(won), "swapped": len(won), "problems": len(results.rows)}
     results.write()
     for row in results.rows:
-        if row["contenders"].get("ours", {}).get("kept"):
-            common.console.print(
-                f"{row['problem']} ({row['tier']}): {'; '.join(row['contenders']['ours']['kept'])}", markup=False
-            )
+        notes = [row["skipped"]] if "skipped" in row else of(row, "ours", "kept") or []
+        notes += [f"{name}: {entry['failed']}" for name, entry in row.get("contenders", {}).items() if "failed" in entry]
+        if notes:
+            common.console.print(f"{row['problem']} ({row['tier']}): {'; '.join(notes)}", markup=False)
     mean = common.cell(results.summary["geomean_speedup"])
     common.console.print(f"{len(won)} of {len(results.rows)} have a swap; their geometric mean over the best baseline: {mean}")
     common.console.print(f"written to {results.path}")
@@ -172,13 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     results = common.Results("operators", args, key=("problem", "tier"))
     names = args.contenders.split(",")
-    with settings.override(verify_budget_s=600.0):
+    with common.knobs(args, verify_budget_s=600.0):
         for problem in chosen(args):
-            if results.wanted(problem=problem.name, tier=tier(problem)):
-                common.console.print(f"{problem.name} ({tier(problem)}) ...")
-                results.add(measure(problem, names, args.device, args.quick))
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
+            name = {"problem": problem.name, "tier": tier(problem)}
+            if results.wanted(**name):
+                results.measure(functools.partial(measure, problem, names, args.device, args.quick), **name)
     show(results)
 
 

@@ -2,7 +2,7 @@
 
 The table of the shipped kernels, between `<!-- begin:kernels -->` and `<!-- end:kernels -->`, comes from the library's records.
 Every other table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `models`, `kernelbench`); it holds
-one section per device kind that has a result file under `benchmarks/results/`.
+one section per device kind that has a result file under `benchmarks/results/`, and is empty while there is none.
 
     python benchmarks/readme_tables.py            write README.md and the plots
     python benchmarks/readme_tables.py --check    exit with 1 if they do not agree with the results
@@ -43,6 +43,8 @@ def operators(result: Result) -> str:
     """Times, speedup over the best other contender, and both errors against float64."""
     rows = []
     for row in result["rows"]:
+        if "skipped" in row:
+            continue
         entry = {name: row["contenders"].get(name, {}) for name in ("eager", "inductor", "max_autotune", "ours")}
         swapped = bool(entry["ours"].get("swapped"))
         rows.append([
@@ -74,14 +76,32 @@ def models(result: Result) -> str:
             entry.get(m, {}).get("abs_latency")
             for m in ("eager", "inductor", "ours", "inductor reduce-overhead", "ours reduce-overhead")
         ]
-        gain = row["gain"].get("ours")
+        gains = [_gain(row["gain"].get(mode)) if row["swaps"] else "no swap" for mode in ("ours", "ours reduce-overhead")]
+        seconds = [entry.get(m, {}).get("compilation_latency") for m in ("inductor", "ours")]
         wrong = [m for m in entry if entry[m].get("accurate") is False]
         verdict = "fail: " + ", ".join(wrong) if wrong else "pass"
         name = f"{row['model']} b{row['batch']} {row['precision']} {row['phase']}"
-        rows.append([name, *latencies, _times(gain and gain["ratio"]) if row["swaps"] else "no swap", row["swaps"], verdict])
-    graphs = ["Inductor reduce-overhead ms", "ours reduce-overhead ms"]
-    columns = ["model", "eager ms", "Inductor ms", "ours ms", *graphs, "gain", "swaps", "accuracy"]
-    return markdown(columns, rows)
+        rows.append([name, *latencies, *gains, row["swaps"], *seconds, row.get("verify_s"), verdict])
+    columns = [
+        "model", "eager ms", "Inductor ms", "ours ms", "Inductor reduce-overhead ms", "ours reduce-overhead ms", "gain",
+        "gain, reduce-overhead", "swaps", "Inductor compile s", "our compile s", "of it verifying", "accuracy",
+    ]  # fmt: skip
+    return markdown(columns, rows) + "".join(f"\n\n{line}" for line in means(result))
+
+
+def means(result: Result) -> list[str]:
+    """One sentence per mode of ours: the geometric mean over the rows with a swap, and the worst row of all."""
+    names = {"ours": "default mode"} | {m: m.removeprefix("ours ") for m in result["summary"] if m != "ours"}
+    return [
+        f"{names[mode]}: geometric mean of Inductor's time over ours {found['geomean']:.3f}x over {found['models']} rows with "
+        f"swaps; the worst row of all {found['worst']:.3f}x ({found['worst_model']})."
+        for mode, found in result.get("summary", {}).items()
+        if found["geomean"]
+    ]
+
+
+def _gain(gain: Result | None) -> str | None:
+    return gain and f"{gain['ratio']:.3f}x ± {gain['noise']:.3f}"
 
 
 def kernelbench(result: Result) -> str:
@@ -134,6 +154,16 @@ def kernel_sections(library: Path) -> str:
 TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "models": models, "kernelbench": kernelbench}
 
 
+HEADS = {
+    "operators": "### Operators through `torch.compile`\nTimes of one call, taken in turns. `speedup`: the best of eager, Inductor "
+    "and max-autotune over ours. Errors are against float64.",
+    "models": "### Models end to end\nMilliseconds of one call or training step, taken in turns; `gain`: Inductor's time over ours "
+    "in the same mode (median of paired ratios ± two standard errors). Compilation is cold.",
+    "kernelbench": "### KernelBench problems",
+}
+"""What stands above a table, once there are results for it."""
+
+
 def section(result: Result, name: str) -> str:
     """One device's table under a line that says where and how it was measured."""
     versions = result["versions"]
@@ -145,7 +175,7 @@ def section(result: Result, name: str) -> str:
 def speedups(result: Result, name: str) -> list[tuple[str, float]]:
     """(label, speedup) of every row with a swap: what the plot shows."""
     if name == "operators":
-        rows = [r for r in result["rows"] if r["speedup"] and r["contenders"].get("ours", {}).get("swapped")]
+        rows = [r for r in result["rows"] if r.get("speedup") and r["contenders"].get("ours", {}).get("swapped")]
         return [(f"{r['problem']} ({r['tier']})", r["speedup"]) for r in rows]
     if name == "models":
         rows = [r for r in result["rows"] if r.get("swaps") and "ours" in r.get("gain", {})]
@@ -175,8 +205,8 @@ def rendered(readme: str, results: Path) -> str:
                     f"README.md has no <!-- begin:{name} --> and <!-- end:{name} -->, but {name}.json is there; add them"
                 )
             continue
-        text = "\n\n".join(section(result, name) for result in found) or "Not measured yet."
-        readme = place.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme)
+        text = "\n\n".join([HEADS[name], *(section(result, name) for result in found)]) + "\n" if found else ""
+        readme = place.sub(lambda match, text=text: f"{match[1]}{text}{match[2]}", readme)
     return readme
 
 

@@ -51,13 +51,13 @@ def recorded(root: Path) -> list[Path]:
 def summary(name: str, goal: Goal, tree: Tree) -> dict[str, Any]:
     """One search in numbers; `speedups` and `of_floor` have an entry per round, None before anything was correct."""
     best = [tree.best(number) for number in range(1, len(tree.rounds) + 1)]
-    measured = [c.evaluation if c else None for c in best]
+    measured, floor = [c.evaluation if c else None for c in best], tree.floor_ms(goal.floor_ms)
     statuses = Counter(str(c.evaluation.status) for c in tree.candidates.values() if c.evaluation)
     return {
         "run": name, "signature": goal.task.signature, "device": str(goal.facts.get("kind", "")),
         "rounds": len(tree.rounds), "ideas": len(tree.ideas), "candidates": dict(statuses),
         "speedups": [e.speedup if e else None for e in measured],
-        "of_floor": [goal.floor_ms / e.time_ms if e and e.time_ms and goal.floor_ms else None for e in measured],
+        "of_floor": [floor / e.time_ms if e and e.time_ms and floor else None for e in measured],
         "requests": tree.spent.requests, "tokens": tree.spent.tokens, "ended": tree.ended or tree.stop or "open",
         "accepted": bool(tree.winner),
     }  # fmt: skip

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
 import xml.dom.minidom
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,8 @@ from torch import nn
 
 
 def arguments(tmp_path: Path, **changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{"device": "cpu", "out": tmp_path / "r.json", "resume": False, "budget_s": math.inf, "tf32": False, **changes}
-    )
+    usual = {"device": "cpu", "out": tmp_path / "r.json", "resume": False, "budget_s": math.inf, "tf32": False, "store": None}
+    return argparse.Namespace(**{**usual, **changes})
 
 
 def test_a_result_file_is_complete_after_every_row(tmp_path: Path) -> None:
@@ -98,14 +100,47 @@ def test_models_without_a_swap_are_left_out_of_the_mean_but_not_of_the_worst() -
     assert found["ours"]["worst"] == 0.5 and "b b1" in found["ours"]["worst_model"]
 
 
-def test_a_model_that_cannot_be_made_is_skipped_with_its_reason(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_made_is_skipped_with_its_reason(tmp_path: Path, monkeypatch) -> None:
     def broken() -> nn.Module:
         raise ModuleNotFoundError("No module named 'torchvision'")
 
     case = model_zoo.ModelCase("x", "torchvision", broken, lambda batch: (), (1, 2))
-    setting = models.Setting(case, 1, "fp32", training=False)
-    row = models.measure(setting, ["eager"], "cpu", arguments(tmp_path))
-    assert row["skipped"] == "ModuleNotFoundError: No module named 'torchvision'"
+    monkeypatch.setattr(models, "LARGE", (case,))
+    options = ["--device", "cpu", "--dtypes", "fp32", "--batches", "3", "--out", str(tmp_path / "models.json")]
+    models.main(options)
+    (row,) = json.loads((tmp_path / "models.json").read_text())["rows"]
+    assert row["skipped"] == "ModuleNotFoundError: No module named 'torchvision'" and row["batch"] == 3
+    again = common.Results("models", arguments(tmp_path, out=tmp_path / "models.json", resume=True), models.ROW)
+    assert again.wanted(**{name: row[name] for name in models.ROW}), "a row that failed is measured again"
+
+
+def test_what_the_budget_does_not_reach_is_said(tmp_path: Path) -> None:
+    case = model_zoo.ModelCase("x", "small", lambda: nn.Linear(4, 4), lambda batch: (torch.ones(batch, 4),), (1, 2))
+    args = arguments(tmp_path, budget_s=0.0, quick=True)
+    results = common.Results("models", args, models.ROW)
+    row = models.measure(models.Setting(case, 1, "fp32", training=False), ["eager", "ours"], args, results)
+    assert "budget" in row["modes"]["ours"]["failed"] and row["swaps"] == 0
+
+
+def test_verification_is_part_of_the_first_compilation_latency_of_ours() -> None:
+    entries = {mode: {"compilation_latency": 1.0} for mode in ("inductor", "ours", "ours reduce-overhead")}
+    models.add_verification({"verify_s": 5.0, "modes": entries})
+    assert [entry["compilation_latency"] for entry in entries.values()] == [1.0, 6.0, 1.0]
+
+
+NOT_INSTALLED = """
+import importlib.metadata
+importlib.metadata.entry_points = lambda **wanted: importlib.metadata.EntryPoints()
+import common, torch
+torch._dynamo.list_backends.__globals__["_COMPILER_FNS"]["llmkernels"]
+"""
+
+
+def test_benchmarks_register_the_backend_where_the_package_is_not_installed() -> None:
+    path = os.pathsep.join([str(common.ROOT / "benchmarks"), str(common.ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", NOT_INSTALLED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_row_of_a_model_is_planned() -> None:
@@ -127,7 +162,7 @@ def test_a_training_row_compares_gradients_with_float64() -> None:
 @pytest.mark.slow
 def test_a_small_model_goes_all_the_way_through(tmp_path: Path) -> None:
     out = tmp_path / "models.json"
-    models.main(["--device", "cpu", "--small", "--models", "digits", "--precisions", "fp32", "--modes", "default", "--quick",
+    models.main(["--device", "cpu", "--small", "--models", "digits", "--dtypes", "fp32", "--modes", "default", "--quick",
                  "--phases", "train", "--out", str(out)])  # fmt: skip
     (row,) = json.loads(out.read_text())["rows"]
     assert all(row["modes"][mode]["accurate"] for mode in ("eager", "inductor", "ours"))

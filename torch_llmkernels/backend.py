@@ -78,6 +78,14 @@ def llmkernels(
     return compile_plain(gm, example_inputs, request) if compiled is None else compiled
 
 
+def register() -> None:
+    """Make the name `llmkernels` known to torch where this package is on the path but not installed, so has no entry point."""
+    from torch._dynamo import list_backends, register_backend
+
+    if llmkernels.__name__ not in list_backends(exclude_tags=()):
+        register_backend(llmkernels)
+
+
 def _reset() -> None:
     """Called by `torch._dynamo.reset()`: what torch's Inductor front end does there."""
     if "torch._inductor.cudagraph_trees" in sys.modules:
