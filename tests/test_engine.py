@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from scripted_search import (
     ScriptedPool,
     code_reply,
     default_answer,
+    evaluation,
     goal,
     ideas_reply,
     kernel,
@@ -25,13 +28,14 @@ from scripted_search import (
 
 from torch_llmkernels.errors import SearchError
 from torch_llmkernels.evaluation import Evaluation, Record, Status
-from torch_llmkernels.search import journal
+from torch_llmkernels.search import journal, render
 from torch_llmkernels.search.budget import preset
 from torch_llmkernels.search.candidates import static_check
 from torch_llmkernels.search.engine import Engine, extend, open_run, result
 from torch_llmkernels.search.journal import Journal
 from torch_llmkernels.search.llm import ExchangeProvider, ReplayProvider, Reply
 from torch_llmkernels.search.run import Run
+from torch_llmkernels.search.tree import CONFIRM
 
 import tasks  # isort: skip
 
@@ -167,10 +171,56 @@ class TestSeeds:
         assert self.chosen(tmp_path, times, 3) == ["i0.v0", "i0.v1", "i1.v0"]
 
 
+    def test_by_the_ratio_to_the_baselines_beside_each_not_by_milliseconds(self, tmp_path: Path) -> None:
+        class Machine(ScriptedPool):
+            """Five times slower while it evaluates a kernel of verdict 1.0: a user next door."""
+
+            def submit(self, job):
+                found = super().submit(job).result()
+                slow = 5.0 if "verdict: 1.0" in job.kernel_text else 1.0
+                times = tuple((name, ms * slow) for name, ms in found.baselines_ms)
+                future = Future()
+                future.set_result(dataclasses.replace(found, time_ms=found.time_ms * slow, baselines_ms=times))
+                return future
+
+        answer = lambda r, s: ideas_reply(*"ab") if r == "ideas" else code_reply("1.0" if ".i0." in s else "2.0")  # noqa: E731
+        engine = open_engine(tmp_path, preset("default", rounds=1, ideas=2, variants=1), ScriptedModel(answer), Machine())
+        engine.drive()
+        assert [c.time_ms for c in engine.tree.ranking()] == [5.0, 2.0]
+        assert engine.tree.winner == engine.tree.seeds()[0].id == engine.tree.ranking()[0].id
+
+
 class TestStopping:
     def test_near_the_floor(self, tmp_path: Path) -> None:
         engine, _, _ = searched(tmp_path, lambda r, s: default_answer(r, s) if r == "ideas" else code_reply("0.52"))
         assert engine.tree.ended.startswith("floor") and len(engine.tree.rounds) == 1
+
+    def test_not_at_a_floor_that_a_second_evaluation_does_not_confirm(self, tmp_path: Path) -> None:
+        class Drifts(ScriptedPool):
+            def submit(self, job):
+                future = super().submit(job)
+                if self.jobs["0.52", "quick"] < 2:
+                    return future
+                late = Future()
+                late.set_result(evaluation("0.60"))
+                return late
+
+        answer = lambda r, s: default_answer(r, s) if r == "ideas" else code_reply("0.52")  # noqa: E731
+        engine = open_engine(tmp_path, preset("default", rounds=1, ideas=1, variants=1), ScriptedModel(answer), Drifts())
+        engine.drive()
+        assert engine.tree.ended.startswith("rounds")
+        best = engine.tree.best()
+        assert best.evaluations["quick"].time_ms == 0.52 and best.evaluations[CONFIRM].time_ms == 0.60
+
+    def test_not_at_a_floor_that_a_kernel_has_broken(self, tmp_path: Path) -> None:
+        engine, _, _ = searched(tmp_path, lambda r, s: default_answer(r, s) if r == "ideas" else code_reply("0.40"))
+        assert engine.tree.ended.startswith(("rounds", "plateau"))
+        assert engine.tree.floor_ms(0.5) == 0.0
+        assert "a kernel was faster" in render.floor_section(engine.goal, engine.tree)
+
+    def test_the_floor_is_that_of_the_best_ceilings_measured_in_the_search(self, tmp_path: Path) -> None:
+        engine, _, _ = searched(tmp_path)
+        assert engine.tree.floor_ms(0.9) == 0.5 and engine.tree.floor_ms(0.3) == 0.3  # evaluations say 0.5
 
     def test_at_a_plateau(self, tmp_path: Path) -> None:
         def answer(role: str, slot: str) -> str:

@@ -43,6 +43,15 @@ def test_speedup_is_against_the_best_baseline() -> None:
     assert evaluation(Status.CORRECT).speedup is None and evaluation(Status.WRONG).baseline_ms is None
 
 
+def test_ratios_taken_turn_by_turn_come_before_medians_and_may_be_missing_in_old_records() -> None:
+    timed = dataclasses.replace(evaluation(time_ms=1.0), baselines_ms=(("eager", 3.0), ("inductor", 2.0)))
+    paired = dataclasses.replace(timed, ratios=(("eager", 2.9), ("inductor", 2.5)))
+    assert timed.speedup == 2.0 and paired.speedup == 2.5 and paired.relative_time == 0.4
+    old = {k: v for k, v in timed.to_json().items() if k != "ratios"}
+    assert Evaluation.from_json(old) == timed and Evaluation.from_json(paired.to_json()) == paired
+    assert Evaluation(Status.WRONG, detail="x").relative_time == float("inf")
+
+
 def test_only_two_statuses_are_correct() -> None:
     assert [s for s in Status if s.is_correct] == [Status.CORRECT, Status.TIMED]
 

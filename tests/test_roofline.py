@@ -8,6 +8,7 @@ import pytest
 from tasks import contiguous, layer_norm_task, matmul_task, relu_add_task
 
 from torch_llmkernels.errors import SchemaError
+from torch_llmkernels.evaluate import roofline
 from torch_llmkernels.evaluate.roofline import Ceilings, count_flops, floor, measure_ceilings
 from torch_llmkernels.kernels.device import cpu_facts, facts_for_arch
 from torch_llmkernels.task import Node, Numerics, Task
@@ -46,6 +47,20 @@ def test_strict_float32_products_may_be_split_into_three_float16_ones() -> None:
     assert half.ms == pytest.approx(strict.ms / 3)
     loose = dataclasses.replace(task, numerics=Numerics(matmul="tf32"))
     assert floor(loose, facts_for_arch("sm_90a"), H100).ms < strict.ms
+
+
+def test_on_a_cpu_a_strict_product_is_bound_by_the_measured_float32_product() -> None:
+    found = floor(matmul_task(512, 512, 512, "float32"), cpu_facts(), Ceilings(1e12, 1e12, 1e11, 1e11, 16e11))
+    assert found.bound == "flops" and found.ms == pytest.approx(2 * 512**3 / 1e11 * 1e3)
+    assert found.impossible_ms < found.ms / 2  # the machine may be faster than when it was measured
+
+
+def test_a_cpu_s_ceilings_are_the_best_of_all_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([Ceilings(1, 4, 3, 1, 1), Ceilings(2, 3, 1, 1, 5)])
+    monkeypatch.setattr(roofline, "_measure_cpu", lambda: next(found))
+    monkeypatch.setattr(roofline, "_best_cpu", {})
+    assert measure_ceilings("cpu") == Ceilings(1, 4, 3, 1, 1)
+    assert measure_ceilings("cpu", again=True) == measure_ceilings("cpu") == Ceilings(2, 4, 3, 1, 5)
 
 
 def test_fast_convolutions_are_not_impossible() -> None:

@@ -17,6 +17,8 @@ from scripted_search import SMALL, ScriptedModel, ScriptedPool, default_answer, 
 
 from torch_llmkernels.search.budget import preset
 
+RECORDED = trajectories.ROOT / "cache" / "journals"
+
 
 @pytest.fixture(scope="module")
 def journals(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,6 +39,14 @@ def test_a_recorded_search_in_numbers(journals: Path) -> None:
     assert row["of_floor"] == [pytest.approx(0.5 / 2.5), pytest.approx(0.5 / 2.0)]
     assert row["candidates"]["wrong"] == 1 and row["tokens"] > 0
     assert not (folder / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("folder", trajectories.recorded(RECORDED), ids=lambda folder: folder.name)
+def test_every_recorded_search_replays_and_its_best_never_gets_worse(folder: Path) -> None:
+    row = trajectories.summary(folder.name, *trajectories.read_run(folder))
+    speedups = [v for v in row["speedups"] if v]
+    assert speedups == sorted(speedups)
+    assert all(v is None or v <= 1.06 for v in row["of_floor"])
 
 
 def test_the_table_and_the_plot_name_every_run(journals: Path) -> None:

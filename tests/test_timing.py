@@ -28,8 +28,28 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> Stopwatch:
 def test_the_kernel_and_its_baselines_are_timed_in_turns(stopwatch: Stopwatch) -> None:
     times = stopwatch.compare(relu_add, relu_add)
     assert times.kernel_ms > 0 and times.spread >= 0
-    assert dict(times.baselines_ms).keys() == {"eager"}
+    assert dict(times.baselines_ms).keys() == dict(times.ratios).keys() == {"eager"}
     assert times.mismatch is None
+
+
+def test_ratios_are_taken_turn_by_turn() -> None:
+    baseline, kernel = [2.0, 20.0, 2.0, 2.0], [1.0, 10.0, 1.0, 10.0]  # ten times slower in the second turn
+    assert timing.paired(baseline, kernel) == 2.0
+
+
+def test_constants_are_chosen_in_turns_with_workspaces_of_different_sizes() -> None:
+    needs = [[contiguous("part", "float32", (5,)), contiguous("count", "int64", (2, 3))], []]
+    watch = Stopwatch(relu_add_task(64), [], [timing.scratch(needs)], cpu_facts())
+    seen = set()
+
+    def with_workspaces(y: torch.Tensor, part: torch.Tensor, count: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        part.fill_(1.0)
+        count.zero_()
+        seen.add((part.shape, count.shape, count.data_ptr() % 256, bool(part.sum() == 5)))
+        relu_add(y, a, b)
+
+    assert len(watch.sweep([(with_workspaces, needs[0]), (relu_add, needs[1])])) == 2
+    assert {(*row[:2], row[3]) for row in seen} == {((5,), (2, 3), True)}
 
 
 def test_an_answer_kept_by_address_is_found(stopwatch: Stopwatch) -> None:

@@ -92,6 +92,7 @@ class Evaluation:
         time_ms: Median milliseconds per call; TIMED only.
         spread: Interquartile range over the median of the kernel's samples; TIMED only.
         baselines_ms: Median milliseconds of `eager`, `inductor` (and others) interleaved with the kernel; TIMED only.
+        ratios: Each baseline's time over the kernel's, median over the turns in which both ran; empty in records without it.
         floor_ms: The roofline floor on this device; 0 if unknown.
         resources: What the compiler reports.
         tier: `quick` or `full`.
@@ -106,6 +107,7 @@ class Evaluation:
     time_ms: float | None = None
     spread: float | None = None
     baselines_ms: tuple[tuple[str, float], ...] = ()
+    ratios: tuple[tuple[str, float], ...] = ()
     floor_ms: float = 0.0
     resources: Resources = Resources()
     tier: str = "quick"
@@ -128,14 +130,23 @@ class Evaluation:
 
     @property
     def speedup(self) -> float | None:
-        """Best baseline's time over the kernel's, or None if nothing was timed."""
-        return self.baseline_ms / self.time_ms if self.time_ms and self.baseline_ms else None
+        """Best baseline's time over the kernel's, turn by turn where that was kept; None if nothing was timed."""
+        paired = min((ratio for _, ratio in self.ratios), default=None)
+        return paired or (self.baseline_ms / self.time_ms if self.time_ms and self.baseline_ms else None)
+
+    @property
+    def relative_time(self) -> float:
+        """What candidates are ranked by: the kernel's time over the best baseline's beside it; infinite if nothing was timed.
+
+        Milliseconds of two evaluations do not compare on a machine whose speed drifts (other users, clocks): the ratio does.
+        """
+        return 1.0 / self.speedup if self.speedup else float("inf")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` reads it back."""
         plain = dataclasses.asdict(self)
         plain["status"] = str(self.status)
-        for name in ("constants", "baselines_ms", "environment"):
+        for name in ("constants", "baselines_ms", "ratios", "environment"):
             plain[name] = dict(plain[name])
         return plain
 
@@ -151,7 +162,8 @@ class Evaluation:
             values["status"] = Status(values["status"])
             values["errors"] = tuple(ErrorStat(**e) for e in values["errors"])
             values["resources"] = Resources(**values["resources"])
-            for name in ("constants", "baselines_ms", "environment"):
+            values.setdefault("ratios", {})  # not in records of earlier releases
+            for name in ("constants", "baselines_ms", "ratios", "environment"):
                 values[name] = tuple(values[name].items())
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:

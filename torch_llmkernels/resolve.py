@@ -69,7 +69,7 @@ class Resolver:
         facts = target.facts()
         key = RecordKey.of(task, facts)
         known = self.store.decision(key) or Decision(None, "nothing verified yet")
-        candidates = self._unverified(task, facts, known)
+        candidates = self.unverified(task, facts, known)
         if candidates:
             known = self._verify(task, facts, key, candidates, known)
         decision = choose(known, task, self.settings)
@@ -79,7 +79,7 @@ class Resolver:
             decision = dataclasses.replace(decision, reason=reason)
         return decision if decision.record else self._miss(task, facts, key, decision)
 
-    def _unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
+    def unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
         """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first."""
         need_time = self.settings.swap == "fastest"
         settled = {name for name, e in known.tried if e.status.is_correct is False or e.time_ms or not need_time}
@@ -140,18 +140,15 @@ class Resolver:
 
 
 def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:
-    """`known` with one more evaluation; the record is the fastest correct kernel so far, whether or not it wins."""
+    """`known` with one more evaluation; the record is the fastest correct kernel so far (relative to its baselines), if not yet
+    a winner."""
     tried = (*((n, e) for n, e in known.tried if n != kernel.label), (kernel.label, evaluation))
     record = known.record
     if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
         record = None  # its evidence is being replaced
-    if evaluation.status.is_correct and (record is None or _time(evaluation) < _time(record.evaluation)):
+    if evaluation.status.is_correct and (record is None or evaluation.relative_time < record.evaluation.relative_time):
         record = Record(task, kernel.name, kernel.text, evaluation.constants, facts.kind, evaluation, origin)
     return Decision(record, known.reason, tried)
-
-
-def _time(evaluation: Evaluation) -> float:
-    return evaluation.time_ms if evaluation.time_ms is not None else float("inf")
 
 
 def choose(known: Decision, task: Task, settings: Settings) -> Decision:

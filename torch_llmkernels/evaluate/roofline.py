@@ -3,7 +3,10 @@
 Every input is read once and every output written once; products count 2 * m * n * k, convolutions and attention likewise. The
 rate for products follows the precision policy. Strict float32 on a GPU with float16 tensor cores can be had from three float16
 products of split operands, as accurately as from the scalar units, so its ceiling is a third of the float16 rate where that is
-more than the float32 rate.
+more than the float32 rate. On a CPU it is the float32 rate.
+
+A CPU is shared, and its speed drifts: what counts is the best of all the measurements of a process, and a search takes the best
+of its processes (`search.tree.Tree.floor_ms`).
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ SPLIT_PRODUCTS = 3
 """float16 products that make one product of float32 accuracy (high*high, high*low, low*high)."""
 FAST_CONVOLUTION = 4.0
 """Factor that Winograd's F(4x4, 3x3) saves of a 3x3 convolution's multiplications (Lavin and Gray, 2016)."""
+CPU_PRODUCT_SLACK = 5.0
+"""How much faster than the measured product one on a CPU may be before it is impossible: the machine may have sped up since."""
 BELOW_FLOOR = 0.9
 """A measured time under this part of the impossible time is a mistake of the measurement; above it, noise of the ceilings."""
 
@@ -93,13 +98,14 @@ def floor(task: Task, facts: DeviceFacts, ceilings: Ceilings) -> Floor:
     read = sum(_bytes(t) for t in task.inputs)
     written = sum(_bytes(t) for t in task.outputs)
     flops, is_product = count_flops(task)
-    rate = _rate(task, ceilings) if is_product else ceilings.fp32
+    rate = _rate(task, ceilings, facts.target) if is_product else ceilings.fp32
     in_cache = facts.target == "cpu" and read + written <= facts.l2_bytes * facts.threads
     moving, computing = (read + written) / (ceilings.cache if in_cache else ceilings.copy), flops / rate
     # outputs that fit the cache need not reach memory within the measurement; the inputs are rotated out of a GPU's
     cold = (read + max(0, written - facts.l2_bytes)) / ceilings.copy
     least_moving = (read + written) / ceilings.cache if facts.target == "cpu" else cold
     saving = FAST_CONVOLUTION if any("convolution" in node.op for node in task.program) else 1.0
+    saving *= CPU_PRODUCT_SLACK if facts.target == "cpu" else 1.0
     least_computing = computing / saving if is_product else 0.0
     return Floor(
         read + written, flops, max(moving, computing) * 1e3, "bytes" if moving >= computing else "flops",
@@ -112,16 +118,18 @@ def _bytes(spec: Any) -> int:
     return math.prod(sizes) * ITEMSIZE[spec.dtype] if 0 not in spec.shape else 0
 
 
-def _rate(task: Task, ceilings: Ceilings) -> float:
+def _rate(task: Task, ceilings: Ceilings, target: str) -> float:
     dtypes = {t.dtype for t in task.inputs}
     if dtypes & {"float16", "bfloat16"}:
         return ceilings.fp16
+    if "float64" in dtypes and target == "cpu":
+        return ceilings.fp32
     if "float64" in dtypes:
         return 2 * ceilings.fp32  # the tensor cores of some GPUs do float64 somewhat faster than their scalar units do float32
     policy = task.numerics.conv if any("convolution" in node.op for node in task.program) else task.numerics.matmul
     if policy != "ieee":
         return max(ceilings.tf32, ceilings.fp16)
-    return max(ceilings.fp32, ceilings.fp16 / SPLIT_PRODUCTS)
+    return max(ceilings.fp32, ceilings.fp16 / SPLIT_PRODUCTS) if target == "cuda" else ceilings.fp32
 
 
 def count_flops(task: Task) -> tuple[int, bool]:
@@ -155,10 +163,23 @@ def _attention_flops(task: Task) -> int:
     return (5 if "backward" in fused[0] else 2) * 2 * math.prod(query) * key[2]
 
 
-@functools.cache
-def measure_ceilings(target: str, index: int = 0) -> Ceilings:
-    """Measure device `index` of `target` (`cuda` or `cpu`); a fraction of a second, once per process."""
-    return _measure_cuda(index) if target == "cuda" else _measure_cpu()
+_best_cpu: dict[int, Ceilings] = {}  # by threads
+
+
+def measure_ceilings(target: str, index: int = 0, *, again: bool = False) -> Ceilings:
+    """Measure device `index` of `target` (`cuda` or `cpu`); a fraction of a second.
+
+    A GPU is measured once per process. A CPU is measured `again` if asked, and every ceiling is the highest that this process saw.
+    """
+    if target == "cuda":
+        return _measure_cuda(index)
+    threads = torch.get_num_threads()
+    if threads in _best_cpu and not again:
+        return _best_cpu[threads]
+    found = _measure_cpu()
+    known = _best_cpu.get(threads, found)
+    _best_cpu[threads] = Ceilings(*map(max, dataclasses.astuple(known), dataclasses.astuple(found)))
+    return _best_cpu[threads]
 
 
 def _measure_cpu() -> Ceilings:
@@ -171,8 +192,9 @@ def _measure_cpu() -> Ceilings:
     cache = 2 * small.nbytes / _best(lambda: target_small.copy_(small), repeat=200) * threads
     with precision(Numerics()):
         fp32 = 2 * 768**3 / _best(lambda: torch.mm(a, a, out=out))
-    # vector units of some CPUs multiply half-precision numbers faster, by two to sixteen times; not worth a measurement here
-    return Ceilings(copy, max(cache, copy), fp32, fp32, 16 * fp32)
+        half, half_out = a.bfloat16(), out.bfloat16()
+        bf16 = 2 * 768**3 / _best(lambda: torch.mm(half, half, out=half_out), repeat=2)
+    return Ceilings(copy, max(cache, copy), fp32, fp32, max(fp32, bf16))
 
 
 def _best(call: Callable[[], Any], repeat: int = 8) -> float:
@@ -185,6 +207,7 @@ def _best(call: Callable[[], Any], repeat: int = 8) -> float:
     return min(times)
 
 
+@functools.cache
 def _measure_cuda(index: int) -> Ceilings:
     with torch.cuda.device(index):
         source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()

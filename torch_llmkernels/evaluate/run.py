@@ -26,6 +26,7 @@ from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.task import Task
 
 if TYPE_CHECKING:
+    from torch_llmkernels.evaluate.roofline import Floor
     from torch_llmkernels.evaluate.timing import Times
 
 MOST_TUNINGS = 32
@@ -134,8 +135,9 @@ class _Evaluator:
             times = self._time(made, device)
             self._check(made, "again", self.job.seed + 1)
         return self._evaluation(
-            Status.TIMED, errors=errors, time_ms=times.kernel_ms, spread=times.spread, baselines_ms=times.baselines_ms
-        )
+            Status.TIMED, errors=errors, time_ms=times.kernel_ms, spread=times.spread, baselines_ms=times.baselines_ms,
+            ratios=times.ratios,
+        )  # fmt: skip
 
     def _choose(self, kernel: Kernel, device: Device) -> Candidate:
         """The kernel with its constants: those of the job, the only ones, or the fastest of its own that pass a probe."""
@@ -151,16 +153,14 @@ class _Evaluator:
 
     def _fastest(self, made: list[Candidate], device: Device) -> Candidate:
         """The fastest that passes a probe; without timing the first. If none passes, the first one's failure counts."""
-        passed: list[tuple[float, int]] = []
+        passed: list[Candidate] = []
         first: Exception | None = None
-        for number, candidate in enumerate(made):
+        for candidate in made:
             self._constants = candidate.constants
             self._progress(f"trying constants {candidate.constants}")
             try:
                 self._check(candidate, "probe")
-                passed.append(
-                    (self._stopwatch(candidate, device).kernel_only(candidate.launcher) if self.job.timed else 0.0, number)
-                )
+                passed.append(candidate)
             except (_Rejected, NotApplicable, LaunchError) as error:
                 first = first or error
             if passed and not self.job.timed:
@@ -168,7 +168,18 @@ class _Evaluator:
         if not passed:
             assert first is not None
             raise first
-        return made[min(passed)[1]]
+        return self._sweep(passed, device) if len(passed) > 1 else passed[0]
+
+    def _sweep(self, passed: list[Candidate], device: Device) -> Candidate:
+        """The fastest of several; the first of equals. They run in turns, so that a machine that drifts favours none."""
+        from torch_llmkernels.evaluate.timing import Stopwatch, scratch
+
+        self._progress(f"choosing among {len(passed)} combinations of constants")
+        task, symbols = self.task.at(), [hint for _, hint in self.task.symbols]
+        needs = [candidate.workspaces(task) for candidate in passed]
+        watch = Stopwatch(task, symbols, [scratch(needs)], device.facts)
+        times = watch.sweep([(candidate.launcher, need) for candidate, need in zip(passed, needs, strict=True)])
+        return passed[times.index(min(times))]
 
     def _check(self, made: Candidate, tier: str, seed: int | None = None) -> tuple[ErrorStat, ...]:
         from torch_llmkernels.evaluate.check import check
@@ -206,18 +217,27 @@ class _Evaluator:
         from torch_llmkernels.evaluate import roofline
 
         self._progress("timing")
-        ceilings = roofline.measure_ceilings(self.task.device, self.job.device_index)
-        floor = roofline.floor(self.task, device.facts, ceilings)
-        self._floor_ms = floor.ms
+        floor = self._floor(device)
         timed = made.again(device)  # a launcher of its own: preparing it must not change the checked one
         prepare = timed.launcher.prepare if _is_prepared(made.kernel, self.task) else None
         times = self._stopwatch(made, device).compare(timed.launcher, made.launcher, prepare=prepare)
         if times.mismatch:
             raise _Rejected((), f"under timing: {times.mismatch}")
+        if times.kernel_ms < roofline.BELOW_FLOOR * floor.impossible_ms:  # or was the device slow when it was measured?
+            floor = self._floor(device)
         if times.kernel_ms < roofline.BELOW_FLOOR * floor.impossible_ms:
             moving = f"{floor.impossible_ms:.4g} ms to move {floor.bytes} bytes and do {floor.flops} operations"
             raise _Rejected((), f"{times.kernel_ms:.4g} ms is below what the device can do ({moving}): work was skipped")
         return times
+
+    def _floor(self, device: Device) -> Floor:
+        """The roofline floor by the ceilings measured until now; the evaluation keeps its time."""
+        from torch_llmkernels.evaluate import roofline
+
+        ceilings = roofline.measure_ceilings(self.task.device, self.job.device_index, again=True)
+        floor = roofline.floor(self.task, device.facts, ceilings)
+        self._floor_ms = floor.ms
+        return floor
 
 
 def _is_prepared(kernel: Kernel, task: Task) -> bool:

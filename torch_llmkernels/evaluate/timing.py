@@ -31,6 +31,7 @@ MOST_SETS = {"cuda": 256, "cpu": 16}
 MOST_SET_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 L2_MULTIPLE = 2
 MOST_SAMPLES, FEWEST_SAMPLES = 240, 9
+SCRATCH_ALIGN = 256
 GROUPS = 12
 """Groups of consecutive samples whose medians the spread is taken over, where there are four samples in each."""
 SECONDS_PER_SUBJECT = 0.7
@@ -45,12 +46,15 @@ class Times:
         kernel_ms: The candidate's.
         spread: Interquartile range of its samples (medians of groups of them, if there are many) over its median.
         baselines_ms: (name, milliseconds) of `eager` and, where it compiles, `inductor`.
+        ratios: (name, baseline's time over the kernel's): the median over turns, so that a machine that slows down for a while
+            slows both sides of every ratio.
         mismatch: How the outputs of a timed sample differ from those of a checked call on the same data, or None.
     """
 
     kernel_ms: float
     spread: float
     baselines_ms: tuple[tuple[str, float], ...]
+    ratios: tuple[tuple[str, float], ...]
     mismatch: str | None = None
 
 
@@ -180,14 +184,26 @@ class Stopwatch:
         return dtype_of(spec).is_floating_point and spec.name not in self._task.constant and not tied
 
     @torch.no_grad()
-    def kernel_only(self, run: Run) -> float:
-        """A few samples of a candidate alone, to choose among constants."""
+    def sweep(self, candidates: Sequence[tuple[Run, Sequence[TensorSpec]]]) -> list[float]:
+        """Times of candidates relative to each other, from a few samples in turns: to choose among constants.
+
+        Args:
+            candidates: Each with its workspaces, which lie in the set's only workspace (see `scratch`).
+        """
         with precision(self._task.numerics):
-            subject = self._subject("kernel", self._kernel_calls(run))
+            subjects = [self._subject("", self._calls_in_scratch(run, specs)) for run, specs in candidates]
+            order = random.Random(0)
             for _ in range(FEWEST_SAMPLES):
-                self._renew()
-                subject.sample()
-        return subject.median
+                for subject in order.sample(subjects, len(subjects)):
+                    self._renew()
+                    subject.sample()
+        turns = [statistics.median(turn) for turn in zip(*(s.samples for s in subjects), strict=True)]
+        return [paired(s.samples, turns) for s in subjects]
+
+    def _calls_in_scratch(self, run: Run, specs: Sequence[TensorSpec]) -> list[Callable[[], Any]]:
+        return [
+            _bound(run, (*data.outputs, *_carve(data.workspaces[0], specs), *data.inputs, *self._symbols)) for data in self._sets
+        ]
 
     @torch.no_grad()
     def compare(self, run: Run, checked: Run, *, prepare: Run | None = None, max_autotune: bool = False) -> Times:
@@ -216,7 +232,8 @@ class Stopwatch:
                     subject.sample()
             mismatch = self._mismatch(kernel, checked)
         times = tuple((s.name, s.median) for s in baselines)
-        return Times(kernel.median, kernel.spread, times, mismatch)
+        ratios = tuple((s.name, paired(s.samples, kernel.samples)) for s in baselines)
+        return Times(kernel.median, kernel.spread, times, ratios, mismatch)
 
     def _kernel_calls(self, run: Run) -> list[Callable[[], Any]]:
         return [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
@@ -259,6 +276,31 @@ class Stopwatch:
                 if not agree(timed, right):
                     return f"output {spec.name} of a timed call differs from that of a checked call on the same data"
         return None
+
+
+def paired(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median of the ratios of samples that were taken in the same turns; positive milliseconds."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def scratch(candidates: Sequence[Sequence[TensorSpec]]) -> TensorSpec:
+    """One workspace that holds those of any of the candidates."""
+    size = max(sum(_padded(t) for t in specs) for specs in candidates)
+    return TensorSpec("scratch", "uint8", (max(size, 1),), (1,))
+
+
+def _padded(spec: TensorSpec) -> int:
+    return -(-span_bytes(spec, dtype_of(spec).itemsize) // SCRATCH_ALIGN) * SCRATCH_ALIGN
+
+
+def _carve(buffer: torch.Tensor, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    """Tensors of contiguous specs, one after the other in a buffer of bytes."""
+    made, begin = [], 0
+    for spec in specs:
+        size = span_bytes(spec, dtype_of(spec).itemsize)
+        made.append(buffer[begin : begin + size].view(dtype_of(spec)).view([int(d) for d in spec.shape]))
+        begin += _padded(spec)
+    return made
 
 
 def agree(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -31,8 +31,9 @@ class SearchSettings:
         max_seconds: Seconds the search may run, over all the processes that run it.
         max_cost: In the currency of `prices`.
         patience: Rounds without a gain of `min_gain` after which the search ends.
-        min_gain: Share by which the best time must fall to count as progress.
-        floor_margin: A best time within this share of the roofline floor ends the search.
+        min_gain: Share by which the best time (relative to the baselines beside it) must fall to count as progress.
+        floor_margin: A best time within this share of the roofline floor, twice, ends the search; one that is below the floor by
+            more shows that the floor is wrong.
         diversity: A second seed of one idea line must be faster than every other line's best by this share.
         concurrency: Requests to the model at a time.
         max_output_tokens: Limit passed to the model; 0 leaves it to the endpoint.

@@ -115,6 +115,7 @@ def _add_goal(parser: argparse.ArgumentParser) -> None:
         "--price", action="append", default=[], metavar="MODEL=IN,OUT", help="price of a million tokens in and out"
     )
     parser.add_argument("--device-file", type=Path, help="facts of another machine's device (llmkernels search device)")
+    parser.add_argument("--notes", type=Path, help="a text file for the model: other shapes to serve, what is known")
     parser.add_argument("--no-bank", action="store_true", help="do not start from known kernels")
 
 
@@ -249,6 +250,7 @@ def _goal(args: argparse.Namespace) -> tuple[Path, Goal | None]:
     goal = Goal(
         task, budget.preset(name, **numbers), facts, ceilings, _floor(task, facts, ceilings), () if args.no_bank else bank(task),
         () if args.no_bank else neighbours(task), name, args.provider or chosen.provider, models, args.effort,
+        args.notes.read_text() if args.notes else "",
     )  # fmt: skip
     if not goal.provider:
         raise SettingsError("no provider: pass --provider (openai, exchange or replay:JOURNAL) or set LLMKERNELS_PROVIDER")
@@ -416,9 +418,9 @@ def _remember(run: Run, record: Record) -> None:
     store = open_store(knobs.current())
     key = RecordKey.of(record.task, target_for(record.task.device).facts())
     known = store.decision(key) or Decision(None, "")
-    rival = known.record.evaluation.time_ms if known.record else None
-    if rival is not None and rival <= (record.evaluation.time_ms or 0.0):
-        print(f"not stored: {known.record.kernel_name if known.record else ''} is already there and takes {rival:.4g} ms")
+    if known.record and known.record.evaluation.relative_time <= record.evaluation.relative_time:
+        speedup = known.record.evaluation.speedup
+        print(f"not stored: {known.record.kernel_name} is already there and runs at {speedup:.2f}x the best baseline")
         return
     label = parse_kernel(record.kernel_text, record.kernel_name).label
     store.put_decision(key, Decision(record, f"found by search {run.name}", (*known.tried, (label, record.evaluation))))

@@ -25,7 +25,7 @@ from torch_llmkernels.search.journal import Event
 from torch_llmkernels.search.llm import Provider, Reply
 from torch_llmkernels.search.run import Goal, Run
 from torch_llmkernels.search.steps import STEPS, record_of
-from torch_llmkernels.search.tree import Candidate, Prompt, place
+from torch_llmkernels.search.tree import CONFIRM, Candidate, Prompt, place
 from torch_llmkernels.task import Task
 
 log = logging.getLogger("torch_llmkernels.search")
@@ -131,9 +131,13 @@ class Engine:
         return [p for p in self.open_prompts() if p.id not in self.meter.flying]
 
     def waiting(self) -> list[tuple[Candidate, str]]:
-        """Candidates and the tier of the evaluation they wait for; after the stop, the one finalist."""
+        """Candidates and the tier of the evaluation they wait for; after the stop, the one finalist.
+
+        At the end of a round whose best seems to be at the floor, that one is evaluated a second time.
+        """
         if not self.tree.stop:
-            return [(c, "quick") for c in self.tree.unevaluated()]
+            doubtful = None if self.open_prompts() else self.tree.unconfirmed(self.goal.floor_ms)
+            return [(c, "quick") for c in self.tree.unevaluated()] or ([(doubtful, CONFIRM)] if doubtful else [])
         finalist = self.finalist()
         return [(finalist, "full")] if finalist else []
 
@@ -179,8 +183,9 @@ class Engine:
         from torch_llmkernels.evaluate.run import Job
 
         assert self.pool is not None
-        constants = dict(candidate.evaluation.constants) if tier == "full" and candidate.evaluation else None
-        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=tier, timed=True)
+        constants = dict(candidate.evaluation.constants) if tier != "quick" and candidate.evaluation else None
+        kind = "quick" if tier == CONFIRM else tier
+        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, timed=True)
         self.flights[self.pool.submit(job)] = (tier, candidate.id)
 
     def _evaluated(self, identity: str, tier: str, future: Future[Evaluation]) -> list[Event]:

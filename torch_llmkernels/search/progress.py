@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def summary(run: Run) -> dict[str, Any]:
     """A run's state as plain JSON: round, candidates by status, best, spend, what is waited for, and the end."""
     tree, settings = run.tree, run.goal.settings
-    best = tree.best()
+    best, floor = tree.best(), tree.floor_ms(run.goal.floor_ms)
     statuses = Counter(
         str(c.evaluation.status) if c.evaluation else "duplicate" if c.duplicate_of else "waiting"
         for c in tree.candidates.values()
@@ -31,7 +31,7 @@ def summary(run: Run) -> dict[str, Any]:
         "candidates": dict(statuses),
         "best_ms": best.time_ms if best else None,
         "best_speedup": best.evaluation.speedup if best and best.evaluation else None,
-        "best_of_floor": run.goal.floor_ms / best.time_ms if best and run.goal.floor_ms else None,
+        "best_of_floor": floor / best.time_ms if best and floor else None,
         "requests": tree.spent.requests,
         "tokens": tree.spent.tokens,
         "max_tokens": settings.max_tokens,

@@ -39,8 +39,9 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
         number: The round, from 1.
     """
     return _render(
-        "ideas.md", goal, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas, mix=_IMPROVE if seed else _INVENT,
-        start=start_section(goal, tree, seed), history=history_section(tree, number), families="; ".join(FAMILIES),
+        "ideas.md", goal, tree, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas,
+        mix=_IMPROVE if seed else _INVENT, start=start_section(goal, tree, seed), history=history_section(tree, number),
+        families="; ".join(FAMILIES),
     )  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def code_prompt(goal: Goal, tree: Tree, node: IdeaNode, variant: int) -> tuple[s
     """The system text and the request for one implementation of an idea."""
     seed = tree.candidates.get(node.seed)
     return _render(
-        "candidate.md", goal, start=start_section(goal, tree, seed), idea=idea_section(node),
+        "candidate.md", goal, tree, start=start_section(goal, tree, seed), idea=idea_section(node),
         freedom=_REBUILD if seed else _FROM_SCRATCH, variation=_variation(variant, goal.settings.variants),
     )  # fmt: skip
 
@@ -63,7 +64,7 @@ def repair_prompt(goal: Goal, tree: Tree, failed: Prompt, reason: str) -> tuple[
     candidate = tree.candidates.get(failed.candidate)
     source = fence(candidate.text if candidate else (failed.reply or "")[-MAX_DETAIL:], "cpp")
     return _render(
-        "repair.md", goal, idea=idea_section(node), source=source, reason=fence(_clip(reason)), attempt=failed.attempt + 1
+        "repair.md", goal, tree, idea=idea_section(node), source=source, reason=fence(_clip(reason)), attempt=failed.attempt + 1
     )
 
 
@@ -72,7 +73,7 @@ def example(target: str) -> str:
     return _file("example_cuda.cu" if target == "cuda" else "example_cpu.cpp")
 
 
-def _render(name: str, goal: Goal, **values: Any) -> tuple[str, str]:
+def _render(name: str, goal: Goal, tree: Tree, **values: Any) -> tuple[str, str]:
     target = goal.task.device
     parts = {
         "target": _file(f"target_{target}.md"),
@@ -83,9 +84,9 @@ def _render(name: str, goal: Goal, **values: Any) -> tuple[str, str]:
     shared = {
         "format": fill(_file("format.md"), **parts),
         "rules": _file("rules.md"),
-        "task": task_section(goal.task),
+        "task": task_section(goal.task) + notes_section(goal),
         "device": device_section(goal),
-        "floor": floor_section(goal),
+        "floor": floor_section(goal, tree),
     }
     system, _, request = _file(name).partition(_SPLIT)
     return tuple(fill(part, **shared, **values).strip() + "\n" for part in (system, request))
@@ -140,6 +141,13 @@ def task_section(task: Task) -> str:
         lines += ["", f"Dynamic sizes, which change from call to call and so may never be compile-time constants: {named}"]
     lines += ["", _numerics(task)]
     return "\n".join(lines)
+
+
+def notes_section(goal: Goal) -> str:
+    """What the person who started the search added, as data; empty if nothing."""
+    if not goal.notes:
+        return ""
+    return f"\n\nNotes of the person who started this search (what else the kernel should serve, what is known):\n{fence(goal.notes)}"
 
 
 def _tensor_row(spec: TensorSpec, role: str, constant: bool) -> str:
@@ -219,20 +227,22 @@ def device_section(goal: Goal) -> str:
     return "\n".join(lines)
 
 
-def floor_section(goal: Goal) -> str:
+def floor_section(goal: Goal, tree: Tree) -> str:
     """How fast the task could be at best, and which side of the roofline it is on."""
     if not goal.floor_ms:
         return "The roofline floor of this task is not known."
-    text = f"Roofline floor: **{goal.floor_ms:.4g} ms**"
+    floor = tree.floor_ms(goal.floor_ms)
+    if not floor:
+        return "The roofline floor of this task is not known: a kernel was faster than the ceilings measured here would allow."
+    text = f"Roofline floor: **{floor:.4g} ms**"
     side = {"bytes": "memory traffic", "flops": "arithmetic"}.get(str(goal.floor.get("bound")))
     if side:
         moved, gflop = _bytes(int(goal.floor.get("bytes", 0))), float(goal.floor.get("flops", 0)) / 1e9
         text += f", bound by {side}: {moved} must move (every input and output once), {gflop:.4g} GFLOP must be done"
-        text += _basis(goal)
+        text += _basis(goal, floor)
     return f"{text}."
 
 
-_OPTIMISTIC = "an optimistic multiple of the measured float32 rate: a bound, not a goal"
 _BASES: dict[tuple[str, str], tuple[tuple[str, float, str], ...]] = {
     ("cuda", "bytes"): (("copy", 1.0, "the measured memory bandwidth"),),
     ("cuda", "flops"): (
@@ -248,18 +258,16 @@ _BASES: dict[tuple[str, str], tuple[tuple[str, float, str], ...]] = {
     ),
     ("cpu", "flops"): (
         ("fp32", 1.0, "the measured rate of float32 products"),
-        ("fp16", 1.0, _OPTIMISTIC),
-        ("fp16", 1 / 3, _OPTIMISTIC),
-        ("fp32", 2.0, _OPTIMISTIC),
+        ("fp16", 1.0, "the measured rate of bfloat16 products"),
     ),
 }
 """What a floor can rest on: a ceiling, the factor it is taken with, and words for it."""
 
 
-def _basis(goal: Goal) -> str:
+def _basis(goal: Goal, floor: float) -> str:
     """Which ceiling the floor rests on, read off its rate; nothing if it is none of them."""
     kind = str(goal.floor["bound"])
-    rate = float(goal.floor.get(kind, 0)) / (goal.floor_ms / 1e3)
+    rate = float(goal.floor.get(kind, 0)) / (floor / 1e3)
     known = [(goal.ceilings[n] * f, words) for n, f, words in _BASES[goal.task.device, kind] if goal.ceilings.get(n)]
     off, words = min(((abs(rate / ceiling - 1), words) for ceiling, words in known), default=(1.0, ""))
     return f"; it rests on {words}" if off < 0.01 else ""
@@ -338,13 +346,13 @@ def history_section(tree: Tree, number: int) -> str:
 def outcome(tree: Tree, node: IdeaNode) -> tuple[str, float | None]:
     """What became of an idea, in words, and its best speedup over the best baseline."""
     made = [c for c in tree.candidates.values() if c.idea == node.id and c.evaluation]
-    made.sort(key=lambda c: (c.time_ms, place(c.slot)))
+    made.sort(key=lambda c: (c.relative_time, place(c.slot)))
     if not made:
         return "", None
     best = made[0]
     seed = tree.candidates.get(node.seed)
     if best.evaluation is not None and best.time_ms < float("inf"):
-        against = f", {seed.time_ms / best.time_ms:.2f}x its seed" if seed and seed.time_ms < float("inf") else ""
+        against = f", {seed.relative_time / best.relative_time:.2f}x its seed" if seed and seed.time_ms < float("inf") else ""
         return f"{best.time_ms:.4g} ms, {best.evaluation.speedup:.2f}x the best baseline{against}", best.evaluation.speedup
     last = max(made, key=lambda c: place(c.slot)).evaluation
     return f"never correct ({len(made)} tries); last: {last.status}: {_one_line(last.detail)[:240]}", None

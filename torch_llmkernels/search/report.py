@@ -88,8 +88,8 @@ def _header(run: Run, title: str) -> str:
         tiles += [
             (f"{ms / evaluation.time_ms:.2f}x", f"the speed of {name} ({ms:.4g} ms)") for name, ms in evaluation.baselines_ms
         ]
-        if run.goal.floor_ms:
-            tiles.append((f"{run.goal.floor_ms / evaluation.time_ms:.0%}", f"of the floor ({run.goal.floor_ms:.4g} ms)"))
+        if floor := tree.floor_ms(run.goal.floor_ms):
+            tiles.append((f"{floor / evaluation.time_ms:.0%}", f"of the floor ({floor:.4g} ms)"))
     correct = len(tree.ranking())
     tiles += [
         (str(len(tree.rounds)), "rounds"), (str(len(tree.ideas)), "ideas"),
@@ -109,13 +109,18 @@ def _baselines(tree: Tree) -> dict[str, float]:
 
 
 def _plot(run: Run) -> str:
-    """Best time per round, every timed candidate, the baselines and the floor; logarithmic in time."""
+    """Best time per round, every timed candidate, the baselines and the floor; logarithmic in time.
+
+    Every time is relative to the baselines beside it, times the best baseline's milliseconds in the best candidate's evaluation:
+    what it would have been had the machine always been as fast as then.
+    """
     tree = run.tree
     timed = tree.ranking()
     if not timed:
         return "<h2>Best time per round</h2>\n<p>No candidate was correct and timed, so there is nothing to plot.</p>\n"
-    lines = {name: ms for name, ms in {**_baselines(tree), "floor": run.goal.floor_ms}.items() if ms > 0}
-    axis = _Axis([c.time_ms for c in timed] + list(lines.values()), max(len(tree.rounds), 1))
+    lines = {name: ms for name, ms in {**_baselines(tree), "floor": tree.floor_ms(run.goal.floor_ms)}.items() if ms > 0}
+    unit = timed[0].time_ms / timed[0].relative_time
+    axis = _Axis([c.relative_time * unit for c in timed] + list(lines.values()), max(len(tree.rounds), 1))
     parts = [axis.grid()]
     labels = []
     for name, ms in lines.items():
@@ -123,11 +128,11 @@ def _plot(run: Run) -> str:
         parts.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{axis.y(ms):.1f}" y2="{axis.y(ms):.1f}"/>')
         labels.append((axis.y(ms), kind, f"{name} {ms:.4g}"))
     for candidate in timed:
-        title = f"{candidate.slot}: {candidate.time_ms:.4g} ms"
-        x, y = axis.x(candidate.round) + axis.jitter(candidate.slot), axis.y(candidate.time_ms)
+        title = f"{candidate.slot}: {candidate.time_ms:.4g} ms, {1 / candidate.relative_time:.2f}x the best baseline beside it"
+        x, y = axis.x(candidate.round) + axis.jitter(candidate.slot), axis.y(candidate.relative_time * unit)
         parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{_(title)}</title></circle>')
     best = [(number, tree.best(number)) for number in range(len(tree.rounds) + 1)]
-    points = [(axis.x(number), axis.y(c.time_ms)) for number, c in best if c]
+    points = [(axis.x(number), axis.y(c.relative_time * unit)) for number, c in best if c]
     path = "".join(
         f"{'L' if i else 'M'}{x:.1f},{points[i - 1][1]:.1f}L{x:.1f},{y:.1f}" if i else f"M{x:.1f},{y:.1f}"
         for i, (x, y) in enumerate(points)
@@ -141,8 +146,9 @@ def _plot(run: Run) -> str:
     description = f"Best time per round; the last is {timed[0].time_ms:.4g} milliseconds"
     return (
         f'<h2>Best time per round</h2>\n<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{_(description)}">'
-        f'{"".join(parts)}</svg>\n<p class="soft">Milliseconds, logarithmic. Line: best so far. Dots: every correct candidate; '
-        "hover for its place in the tree.</p>\n"
+        f'{"".join(parts)}</svg>\n<p class="soft">Milliseconds, logarithmic, at the speed that the machine '
+        "had when the best was timed: every time is taken relative to the baselines beside it. Line: best so far. "
+        "Dots: every correct candidate; hover for its place in the tree.</p>\n"
     )
 
 
@@ -217,9 +223,9 @@ def _fate(prompt: Prompt) -> str:
 def _idea(run: Run, node: IdeaNode) -> str:
     tree = run.tree
     made = sorted((c for c in tree.candidates.values() if c.idea == node.id), key=lambda c: place(c.slot))
-    best = min((c.time_ms for c in made), default=math.inf)
+    best = min((c.relative_time for c in made), default=math.inf)
     badge = (
-        _badge("good", f"{best:.4g} ms")
+        _badge("good", f"{1 / best:.2f}x")
         if best < math.inf
         else _badge("bad" if made else "wait", "no correct kernel" if made else "no candidate")
     )
@@ -281,11 +287,11 @@ def _families(tree: Tree) -> str:
     for family in (*FAMILIES, "other"):
         nodes = [n for n in tree.ideas.values() if n.idea.family == family]
         made = [[c for c in tree.candidates.values() if c.idea == n.id] for n in nodes]
-        times = [min((c.time_ms for c in group), default=math.inf) for group in made]
-        best = f"{min(times):.4g}" if times and min(times) < math.inf else ""
+        times = [min((c.relative_time for c in group), default=math.inf) for group in made]
+        best = f"{1 / min(times):.2f}x" if times and min(times) < math.inf else ""
         if nodes:
             rows.append((family, len(nodes), sum(t < math.inf for t in times), best))
-    return "<h2>Families of ideas</h2>\n" + _table(("family", "ideas", "with a correct kernel", "best ms"), rows) if rows else ""
+    return "<h2>Families of ideas</h2>\n" + _table(("family", "ideas", "with a correct kernel", "best"), rows) if rows else ""
 
 
 def _spend(tree: Tree) -> str:

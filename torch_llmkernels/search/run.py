@@ -35,6 +35,7 @@ class Goal:
         provider: How the run was started (`exchange`, `openai`, `replay:...`), for going on in the same way.
         models: For `openai`: the models with weights and endpoints, no keys.
         effort: For `openai`: the reasoning effort, if any.
+        notes: What the person who started the search adds to the task, such as other shapes that the kernel should serve.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class Goal:
     provider: str = ""
     models: str = ""
     effort: str = ""
+    notes: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` reads it back."""
@@ -68,9 +70,10 @@ class Goal:
                 f"run schema {plain.get('schema')!r}, this release reads {SCHEMA}; use the release that wrote the run"
             )
         try:
-            values = {f.name: plain[f.name] for f in dataclasses.fields(cls)}
+            values = {f.name: plain[f.name] for f in dataclasses.fields(cls) if f.name != "notes"}
         except KeyError as error:
             raise SchemaError(f"run.json is damaged: no field {error}") from error
+        values["notes"] = plain.get("notes", "")  # runs of before it existed have none
         values["task"] = Task.from_json(plain["task"])
         values["settings"] = SearchSettings().replaced(plain["settings"])
         for name in ("bank", "neighbours"):

@@ -20,7 +20,7 @@ from torch_llmkernels.search.ideas import parse_ideas, words
 from torch_llmkernels.search.journal import Event
 from torch_llmkernels.search.llm import prompt_id, write_atomic
 from torch_llmkernels.search.run import Run
-from torch_llmkernels.search.tree import Candidate, IdeaNode, Prompt, place
+from torch_llmkernels.search.tree import CONFIRM, Candidate, IdeaNode, Prompt, place
 from torch_llmkernels.task import digest
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def _spent(engine: Engine) -> str:
 
 def _settled(engine: Engine) -> bool:
     """Whether the round is over: nothing to ask, to wait for, or to evaluate."""
-    return not engine.open_prompts() and not engine.tree.unevaluated() and engine.tree.banked
+    waits = engine.open_prompts() or engine.tree.unevaluated() or engine.tree.unconfirmed(engine.goal.floor_ms)
+    return not waits and engine.tree.banked
 
 
 def _finished(engine: Engine) -> str:
@@ -181,13 +182,13 @@ def _finished(engine: Engine) -> str:
     errors = [p.error for p in engine.tree.prompts.values() if p.round == done and p.error]
     if done and errors and not any(p.reply for p in engine.tree.prompts.values() if p.round == done):
         return f"provider: no request of round {done} was answered; the last error: {errors[-1]}"
-    if best and floor and best.time_ms <= floor * (1 + settings.floor_margin):
-        return f"floor: {best.time_ms:.4g} ms is within {settings.floor_margin:.0%} of the roofline floor"
+    if best and engine.tree.at_floor(best, floor) and engine.tree.at_floor(best, floor, CONFIRM):
+        return f"floor: {best.time_ms:.4g} ms is within {settings.floor_margin:.0%} of the roofline floor, measured twice"
     if done >= settings.rounds:
         return f"rounds: all {done} are done"
     if done > settings.patience and best:
         before = engine.tree.best(done - settings.patience)
-        if before and best.time_ms > before.time_ms * (1 - settings.min_gain):
+        if before and best.relative_time > before.relative_time * (1 - settings.min_gain):
             return f"plateau: {settings.patience} rounds gained less than {settings.min_gain:.0%}"
     return ""
 

@@ -18,6 +18,8 @@ from torch_llmkernels.search.ideas import Idea
 from torch_llmkernels.search.journal import SCHEMA
 
 BANK_ROUND = 0
+CONFIRM = "confirm"
+"""Tier of a second quick evaluation: a search does not end at its floor on the strength of one."""
 
 
 @dataclasses.dataclass
@@ -120,6 +122,11 @@ class Candidate:
     def time_ms(self) -> float:
         """Infinite unless it was found correct and timed."""
         return self.evaluation.time_ms if self.evaluation and self.evaluation.time_ms else math.inf
+
+    @property
+    def relative_time(self) -> float:
+        """Its time over the best baseline's beside it, which candidates are ranked by; infinite unless correct and timed."""
+        return self.evaluation.relative_time if self.evaluation else math.inf
 
 
 class Tree:
@@ -263,8 +270,9 @@ class Tree:
         return sorted(waiting, key=lambda c: place(c.slot))
 
     def ranking(self) -> list[Candidate]:
-        """Correct and timed candidates, fastest first; equal times by place."""
-        return sorted((c for c in self.candidates.values() if c.time_ms < math.inf), key=lambda c: (c.time_ms, place(c.slot)))
+        """Correct and timed candidates, fastest first by relative time; equals by place."""
+        timed = (c for c in self.candidates.values() if c.relative_time < math.inf)
+        return sorted(timed, key=lambda c: (c.relative_time, place(c.slot)))
 
     def best(self, until_round: int | None = None) -> Candidate | None:
         """The fastest correct candidate, or that of the rounds up to one."""
@@ -288,7 +296,7 @@ class Tree:
             for candidate in ranking:
                 if len(chosen) < self.settings.seeds and candidate not in chosen and self._adds(candidate, chosen, fill):
                     chosen.append(candidate)
-        return sorted(chosen, key=lambda c: (c.time_ms, place(c.slot)))
+        return sorted(chosen, key=lambda c: (c.relative_time, place(c.slot)))
 
     def _adds(self, candidate: Candidate, chosen: list[Candidate], fill: bool) -> bool:
         if fill:
@@ -296,8 +304,33 @@ class Tree:
         taken = {self.line(c) for c in chosen}
         if self.line(candidate) not in taken:
             return True
-        others = [c.time_ms for c in self.ranking() if self.line(c) not in taken]
-        return bool(others) and candidate.time_ms * (1 + self.settings.diversity) < min(others)
+        others = [c.relative_time for c in self.ranking() if self.line(c) not in taken]
+        return bool(others) and candidate.relative_time * (1 + self.settings.diversity) < min(others)
+
+    def floor_ms(self, measured: float) -> float:
+        """The roofline floor by the best ceilings that any evaluation of this search measured.
+
+        Args:
+            measured: The floor that the search began with, milliseconds; 0 if unknown.
+
+        Returns:
+            Milliseconds; 0 if unknown, or if a kernel was faster by more than `floor_margin`: then the ceilings were measured in
+            a slow moment, and how fast the machine is at its best is not known.
+        """
+        known = [e for c in self.candidates.values() for e in c.evaluations.values()]
+        floor = min([ms for ms in (measured, *(e.floor_ms for e in known)) if ms > 0], default=0.0)
+        beaten = any(e.time_ms and e.time_ms < floor * (1 - self.settings.floor_margin) for e in known)
+        return 0.0 if beaten else floor
+
+    def at_floor(self, candidate: Candidate, measured: float, tier: str = "quick") -> bool:
+        """Whether an evaluation of a candidate found it within `floor_margin` of the floor."""
+        evaluation, floor = candidate.evaluations.get(tier), self.floor_ms(measured)
+        return bool(evaluation and evaluation.time_ms and evaluation.time_ms <= floor * (1 + self.settings.floor_margin))
+
+    def unconfirmed(self, measured: float) -> Candidate | None:
+        """The best candidate, if it seems to be at the floor and no second evaluation has said so."""
+        best = self.best()
+        return best if best and CONFIRM not in best.evaluations and self.at_floor(best, measured) else None
 
     def interrupted(self) -> bool:
         """Whether the model's endpoint, not the search, is why it stopped or why a request of the last round has no reply."""
