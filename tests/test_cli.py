@@ -19,6 +19,8 @@ from torch_llmkernels.capture import capture
 from torch_llmkernels.cli import main
 from torch_llmkernels.cli.doctor import Finding, examine
 from torch_llmkernels.cli.explain import explain, made
+from torch_llmkernels.evaluation import Decision, Status
+from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.settings import Settings
 
@@ -76,7 +78,7 @@ def test_list_and_show(store: Store, capsys) -> None:
     assert main(["cache", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [row["key"].split("/")[0] for row in listed] == ["decision", "binary"]
-    assert "swapped: 2.00x" in listed[0]["what"] and "x:float32[8,64]" in listed[0]["what"]
+    assert "ln is correct, 2.00x the best baseline" in listed[0]["what"] and "x:float32[8,64]" in listed[0]["what"]
     assert main(["cache", "show", TASK.key]) == 0
     assert json.loads(capsys.readouterr().out)["decision"]["record"]["kernel_text"] == KERNEL
 
@@ -88,6 +90,14 @@ def test_show_wants_one_entry(store: Store, capsys) -> None:
     assert "is in 2 keys" in capsys.readouterr().err
     assert main(["cache", "show", "softmax"]) == 1
     assert "llmkernels cache list" in capsys.readouterr().err
+
+
+def test_list_survives_what_another_release_wrote(store: Store, capsys) -> None:
+    store.put("decision/layer_norm/another/release", b'{"key": {"device_kind": "k", "tensors": "t"}, "decision": {"schema": 99}}')
+    store.put("imported/layer_norm/damaged", b"{")
+    assert main(["cache", "list", "--json"]) == 0
+    decision, imported = json.loads(capsys.readouterr().out)
+    assert "schema 99" in decision["what"] and imported["what"].startswith("unreadable")
 
 
 def test_rm_removes_one_entry(store: Store, capsys) -> None:
@@ -215,6 +225,19 @@ def test_explain_names_the_key_field_that_differs_and_then_the_decision(store: S
     assert (region.state, region.differences) == ("hit", ()) and region.detail.startswith("swapped: ln runs at 2.00x")
 
 
+def test_a_kernel_that_was_checked_but_not_timed_is_no_hit(store: Store, script: str) -> None:
+    """A check under `swap="correct"` measures no time, so the next compilation has to."""
+    model, call = made(f"{script}:make")
+    task = capture(model, call.args)[0].task
+    record = record_for(task, status=Status.CORRECT)
+    tried = ((parse_kernel(KERNEL, "ln").label, record.evaluation),)
+    store.put_decision(RecordKey.of(task, target_for("cpu").facts()), Decision(record, "", tried))
+    (region,) = explain(model, call, Settings.from_environment())
+    assert (region.state, region.differences) == ("unverified", ())
+    (region,) = explain(model, call, Settings.from_environment().updated({"swap": "correct"}))
+    assert region.state == "hit" and region.detail.startswith("swapped")
+
+
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [("{script}:absent", "no function"), ("{script}:number", "must return"), ("nowhere.py:make", "no file")],
@@ -231,3 +254,9 @@ def test_error_of_the_users_script_is_one_line(store: Store, tmp_path: Path, cap
     assert capsys.readouterr().err == (
         "llmkernels: NameError: name 'undefined_name' is not defined (llmkernels --debug ... shows where)\n"
     )
+
+
+def test_a_long_error_of_torch_is_cut(store: Store, tmp_path: Path, capsys) -> None:
+    (tmp_path / "loud.py").write_text("def make():\n    raise RuntimeError('word ' * 1000)\n")
+    assert main(["explain", f"{tmp_path}/loud.py:make"]) == 1
+    assert len(capsys.readouterr().err) < 400

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 from torch_llmkernels import __version__
@@ -64,4 +65,5 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, LLMKernelsError):
         return f"llmkernels: {text}"
+    text = textwrap.shorten(text, 300, placeholder=" ...")  # torch's own errors can fill a screen
     return f"llmkernels: {type(error).__name__}: {text} (llmkernels --debug ... shows where)"

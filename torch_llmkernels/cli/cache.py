@@ -85,18 +85,32 @@ def _list(args: argparse.Namespace) -> int:
 
 def _row(store: Store, key: str) -> tuple[str, int, str]:
     value = store.get(key)
-    return key, len(value or b""), "unreadable" if value is None else _what(key, value)
+    try:
+        return key, len(value or b""), "unreadable" if value is None else _what(key, value)
+    except (LLMKernelsError, ValueError, KeyError, TypeError) as error:
+        return key, len(value or b""), f"unreadable: {error}"
 
 
 def _what(key: str, value: bytes) -> str:
     """One line about an entry; other parts of the package keep entries under prefixes of their own."""
     if key.startswith("decision/"):
         plain = json.loads(value)
-        return f"{plain['key']['device_kind']}, {plain['key']['tensors']}: {plain['decision']['reason']}"
+        return f"{plain['key']['device_kind']}, {plain['key']['tensors']}: {_found(plain['decision'])}"
     if key.startswith("imported/"):
         plain = json.loads(value)
         return f"candidate {plain['kernel_name']} of {plain['origin']}, measured on {plain['device_kind']}"
     return "compiled code" if key.startswith("binary/") else key.partition("/")[0]
+
+
+def _found(decision: dict[str, Any]) -> str:
+    """What verification found; whether it is enough for a swap is decided at each lookup, by the knobs in force there."""
+    from torch_llmkernels.evaluation import Decision
+
+    found = Decision.from_json(decision)
+    if found.record is None:
+        return ", ".join(f"{name} {evaluation.status}" for name, evaluation in found.tried) or found.reason
+    speedup = found.record.evaluation.speedup
+    return f"{found.record.kernel_name} is correct" + (f", {speedup:.2f}x the best baseline" if speedup else ", not timed")
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -144,16 +144,14 @@ class Lookup:
     """
 
     def __init__(self, settings: Settings) -> None:
-        from torch_llmkernels.cache.library import default_library
-        from torch_llmkernels.cache.store import open_store
+        from torch_llmkernels.resolve import Resolver
 
-        self.settings = settings
-        self.library = default_library(settings)
-        self.store = open_store(settings)
+        self.resolver = Resolver(settings)
 
     def explain(self, graph: int, task: Task) -> Explained:
         """What is known about `task` on this machine's device."""
         from torch_llmkernels.cache.key import RecordKey
+        from torch_llmkernels.evaluation import Decision
         from torch_llmkernels.kernels.targets import target_for
         from torch_llmkernels.registry import shapes_of
         from torch_llmkernels.resolve import choose
@@ -162,22 +160,19 @@ class Lookup:
         target = target_for(task.device)
         if reason := target.unavailable():
             return dataclasses.replace(found, detail=f"no {task.device} kernel can run here: {reason}")
-        key = RecordKey.of(task, target.facts())
-        decision = self.store.decision(key)
-        if decision is not None:
-            return dataclasses.replace(found, state="hit", detail=choose(decision, task, self.settings).reason)
-        state, detail = self._candidates(task, key.device_kind)
-        return dataclasses.replace(found, state=state, detail=detail, differences=tuple(self.store.explain(key)))
+        facts = target.facts()
+        key = RecordKey.of(task, facts)
+        known = self.resolver.store.decision(key)
+        differences = () if known else tuple(self.resolver.store.explain(key))
+        waiting = [kernel.name for kernel, _ in self.resolver.unverified(task, facts, known or Decision(None, ""))]
+        if waiting:
+            detail = f"to be verified at the first compilation: {', '.join(waiting)}"
+            return dataclasses.replace(found, state="unverified", detail=detail, differences=differences)
+        if known is not None:
+            return dataclasses.replace(found, state="hit", detail=choose(known, task, self.resolver.settings).reason)
+        return dataclasses.replace(found, detail=self._why_none(task), differences=differences)
 
-    def _candidates(self, task: Task, device_kind: str) -> tuple[str, str]:
-        """(state, detail) of a task that was not decided here."""
-        record = self.library.record(task.key, device_kind)
-        if record is not None:
-            return "unverified", f"the library has a record of {record.kernel_name} for {device_kind}"
-        reasons = {k.name: k.why_not(task) for k in self.library.kernels(task.signature, task.device)}
-        usable = [name for name, reason in reasons.items() if reason is None]
-        if usable:
-            return "unverified", f"to be verified at the first compilation: {', '.join(usable)}"
-        if reasons:
-            return "miss", "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        return "miss", f"no kernel implements {task.signature} on {task.device}"
+    def _why_none(self, task: Task) -> str:
+        """Why no kernel of the library can be tried."""
+        excluded = (f"{name}: {reason}" for name, reason in self.resolver.excluded.items())
+        return "; ".join(excluded) or f"no kernel implements {task.signature} on {task.device}"

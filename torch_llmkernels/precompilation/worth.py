@@ -143,4 +143,4 @@ def _estimate(task: Task, facts: DeviceFacts, kernels: Sequence[Kernel], search:
 
 def unverified(resolver: Resolver, task: Task, facts: DeviceFacts, known: Decision | None) -> list[Kernel]:
     """Kernels that could serve a task and have not been verified on this device."""
-    return [kernel for kernel, _ in resolver._unverified(task, facts, known or Decision(None, "nothing verified yet"))]
+    return [kernel for kernel, _ in resolver.unverified(task, facts, known or Decision(None, "nothing verified yet"))]
