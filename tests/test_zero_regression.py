@@ -89,7 +89,7 @@ def check(model: str, training: bool, dynamic: bool, autocast: bool, device: str
     theirs = generate("inductor", model, training, dynamic, autocast, device)
     ours = generate(backend.llmkernels, model, training, dynamic, autocast, device)
     assert len(theirs) == len(ours) > 0
-    assert any(kernels(code) for code in theirs)
+    assert any(kernels(code) or extern_calls(code) for code in theirs)
     assert registry.report()[-1].regions, "no region was looked up, so nothing is shown"
     for before, after in zip(theirs, ours, strict=True):
         assert sorted(kernels(before)) == sorted(kernels(after))
