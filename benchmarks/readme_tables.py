@@ -155,10 +155,10 @@ TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "models": 
 
 
 HEADS = {
-    "operators": "### Operators through `torch.compile`\nTimes of one call, taken in turns. `speedup`: the best of eager, Inductor "
-    "and max-autotune over ours. Errors are against float64.",
-    "models": "### Models end to end\nMilliseconds of one call or training step, taken in turns; `gain`: Inductor's time over ours "
-    "in the same mode (median of paired ratios ± two standard errors). Compilation is cold.",
+    "operators": "### Operators through `torch.compile`\nTimes of one call, taken in turns. `speedup`: the best of eager, "
+    "Inductor and max-autotune over ours. Errors are against float64.",
+    "models": "### Models end to end\nMilliseconds of one call or training step, taken in turns; `gain`: Inductor's time over "
+    "ours in the same mode (median of paired ratios ± two standard errors). Compilation is cold.",
     "kernelbench": "### KernelBench problems",
 }
 """What stands above a table, once there are results for it."""

@@ -17,6 +17,7 @@ Whatever goes wrong on the way is logged and the graph goes to Inductor; `strict
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ def llmkernels(
         raise  # Dynamo's own control flow, such as a restart of its analysis
     except Exception as error:
         return _give_up(gm, example_inputs, request, error)
-    _report(found, swaps)
+    _report(found, swaps, request)
     return compile_plain(gm, example_inputs, request) if compiled is None else compiled
 
 
@@ -324,15 +325,18 @@ def _give_up(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request
     return compile_plain(gm, example_inputs, request, reason)
 
 
-def _report(found: Plan, swaps: SwapPass) -> None:
+def _report(found: Plan, swaps: SwapPass, request: Request) -> None:
     """Log one line per region, keep the report of the graph, and write it into torch's structured trace."""
     regions = [RegionReport.of(task, swaps.outcome(task)) for task in found.tasks]
-    report = GraphReport(_graph_name(), (*regions, *found.skipped))
+    measured = graph_decision.measured(found.tasks, request)
+    report = GraphReport(_graph_name(), (*regions, *found.skipped), measured=measured)
     for region in report.regions:
         log.info("%s", region.line)
     registry.add(report)
     torch._logging.trace_structured(
-        "artifact", metadata_fn=lambda: {"name": "llmkernels_regions", "encoding": "json"}, payload_fn=report.to_json
+        "artifact",
+        metadata_fn=lambda: {"name": "llmkernels_regions", "encoding": "json"},
+        payload_fn=lambda: json.dumps(report.to_json()),
     )
 
 

@@ -111,10 +111,15 @@ def apply(tasks: Sequence[Task], decisions: Sequence[Decision], request: Request
     if forced is not None:
         reason = "kept Inductor: left out of this measurement"
         return [_without(d, reason) if t.key in forced else d for t, d in zip(tasks, decisions, strict=True)]
-    if request.settings.swap != "fastest" or not any(decision.record for decision in decisions):
-        return list(decisions)
-    known = recall(graph_key(tasks, request), tasks[0].device, request.settings)
+    known = measured(tasks, request) if any(decision.record for decision in decisions) else None
     return list(decisions) if known is None else [_judged(t, d, known) for t, d in zip(tasks, decisions, strict=True)]
+
+
+def measured(tasks: Sequence[Task], request: Request) -> GraphDecision | None:
+    """What was measured about the graph that has these tasks, or None; with `swap="correct"` it does not count."""
+    if not tasks or request.settings.swap != "fastest":
+        return None
+    return recall(graph_key(tasks, request), tasks[0].device, request.settings)
 
 
 def _judged(task: Task, decision: Decision, known: GraphDecision) -> Decision:

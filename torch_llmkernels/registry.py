@@ -1,13 +1,23 @@
-"""What the backend decided in this process: `torch_llmkernels.report()`."""
+"""What the backend decided in this process, for every region of every graph: `torch_llmkernels.report()`.
+
+`report()` has every graph, `report(compiled)` those that one `torch.compile` call made. A graph is filed with the backend object
+of the call that it was compiled for, which is how the two find one another.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import inspect
 import threading
+import weakref
+from typing import TYPE_CHECKING, Any
 
+from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluation import Decision, Evaluation
 from torch_llmkernels.task import Task
+
+if TYPE_CHECKING:
+    from torch_llmkernels.graph_decision import GraphDecision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +55,27 @@ class RegionReport:
         )  # fmt: skip
 
     @property
+    def kernel_ms(self) -> float | None:
+        """Milliseconds of the kernel alone, as it was measured on this device; None if it was not timed."""
+        return self.evaluation.time_ms if self.evaluation else None
+
+    @property
+    def baseline_ms(self) -> float | None:
+        """The same of the best baseline, eager or Inductor."""
+        return self.evaluation.baseline_ms if self.evaluation else None
+
+    @property
+    def speedup(self) -> float | None:
+        """The best baseline's time over the kernel's, the region alone: above 1, the kernel is faster."""
+        return self.evaluation.speedup if self.evaluation else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: the fields, and the three numbers above."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        numbers = {"kernel_ms": self.kernel_ms, "baseline_ms": self.baseline_ms, "speedup": self.speedup}
+        return {**plain, **numbers, "evaluation": self.evaluation and self.evaluation.to_json()}
+
+    @property
     def line(self) -> str:
         """The log line of the region."""
         what = f"{self.signature} [{self.shapes}] key={self.key}" if self.key else self.signature
@@ -59,18 +90,41 @@ class GraphReport:
         name: Which graph: torch's compile id, such as `0/0`, or the digest of a graph compiled outside Dynamo.
         regions: Every region that was found, in graph order.
         note: Why the whole graph went to Inductor without a look at its regions; else empty.
+        measured: What was measured about the whole graph, or None: then its swaps rest on their margin in isolation.
     """
 
     name: str
     regions: tuple[RegionReport, ...]
     note: str = ""
+    measured: GraphDecision | None = None
 
-    def to_json(self) -> str:
-        """JSON text, for the structured trace."""
-        plain = dataclasses.asdict(self)
-        for region, found in zip(plain["regions"], self.regions, strict=True):
-            region["evaluation"] = found.evaluation and found.evaluation.to_json()
-        return json.dumps(plain)
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        measured = self.measured and {**self.measured.to_json(), "speedup": self.measured.speedup}
+        return {"name": self.name, "note": self.note, "measured": measured, "regions": [r.to_json() for r in self.regions]}
+
+
+class Report(tuple[GraphReport, ...]):
+    """Graphs in the order in which they were compiled; printing it prints a table."""
+
+    @property
+    def regions(self) -> list[RegionReport]:
+        """The regions of all graphs."""
+        return [region for graph in self for region in graph.regions]
+
+    @property
+    def swapped(self) -> list[RegionReport]:
+        """Those that run a kernel of the library."""
+        return [region for region in self.regions if region.swapped]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain JSON, one entry per graph."""
+        return [graph.to_json() for graph in self]
+
+    def __str__(self) -> str:
+        from torch_llmkernels.report_table import text  # only who prints pays for it
+
+        return text(self)
 
 
 _SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
@@ -81,20 +135,75 @@ def shapes_of(task: Task) -> str:
     return ", ".join(f"{'x'.join(map(str, t.shape)) or 'scalar'} {_SHORT.get(t.dtype, t.dtype)}" for t in task.inputs)
 
 
-_graphs: list[GraphReport] = []
+_graphs: list[tuple[GraphReport, weakref.ref[Any] | None]] = []
 _lock = threading.Lock()
 
 
 def add(report: GraphReport) -> None:
-    """Remember one compiled graph."""
+    """Remember one compiled graph, and for which `torch.compile` call it was compiled."""
+    owner = _compiling_for()
     with _lock:
-        _graphs.append(report)
+        _graphs.append((report, None if owner is None else weakref.ref(owner)))
 
 
-def report() -> list[GraphReport]:
-    """Every graph that this process compiled with the backend, oldest first."""
+def restore(reports: Report) -> None:
+    """Forget every graph but these: a measurement compiles variants that are nobody's."""
+    keep = {id(graph) for graph in reports}
     with _lock:
-        return list(_graphs)
+        _graphs[:] = [(graph, owner) for graph, owner in _graphs if id(graph) in keep]
+
+
+def report(compiled: Any = None) -> Report:
+    """What was decided for each region of each graph, by how much, and why.
+
+    Args:
+        compiled: What `torch.compile` returned, or a module after `module.compile(...)`. Default: every graph of this process.
+
+    Returns:
+        The graphs, oldest first. Empty if `compiled` was not called yet, or runs code that Dynamo had compiled before for another
+        module of its class.
+
+    Raises:
+        LLMKernelsError: if `compiled` was not compiled.
+    """
+    owner = None if compiled is None else _backend_of(compiled)
+    with _lock:
+        return Report(graph for graph, of in _graphs if compiled is None or (of is not None and of() is owner))
+
+
+def _compiling_for() -> Any:
+    """The backend object of the `torch.compile` call that Dynamo is compiling a graph for; None outside Dynamo."""
+    from torch._dynamo.eval_frame import innermost_backend
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return innermost_backend(InstructionTranslator.current_tx().output.compiler_fn)
+    except AttributeError:  # no translation in progress
+        return None
+
+
+def _backend_of(compiled: Any) -> Any:
+    """The backend object inside what `torch.compile` returned.
+
+    Raises:
+        LLMKernelsError: if there is none.
+    """
+    from torch._dynamo.eval_frame import innermost_backend
+
+    compiled = getattr(compiled, "_compiled_call_impl", None) or compiled  # module.compile(...)
+    context = getattr(compiled, "dynamo_ctx", None)
+    wrapper = inspect.unwrap(compiled, stop=lambda f: "callback" in _closure(f)) if callable(compiled) else None
+    callback = context.callback if context is not None else _closure(wrapper).get("callback")
+    if callback is None:
+        raise LLMKernelsError(
+            f"report() takes what torch.compile returned, or a module after .compile(); {type(compiled).__name__} is not compiled"
+        )
+    return innermost_backend(callback)
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return {name: cell.cell_contents for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=False)}
 
 
 def clear() -> None:

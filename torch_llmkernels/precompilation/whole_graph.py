@@ -207,9 +207,7 @@ def _aside(variants: int) -> Iterator[None]:
     config, reports = torch._dynamo.config, registry.report()
     with config.patch(recompile_limit=config.recompile_limit + variants * 8):
         yield
-    registry.clear()
-    for report in reports:
-        registry.add(report)
+    registry.restore(reports)
 
 
 def measure(
