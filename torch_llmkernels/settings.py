@@ -1,7 +1,7 @@
 """Every knob in one table: name, type, default, one line of documentation.
 
-A value comes from, in rising order: the default here, the environment (`LLMKERNELS_<NAME>`), `torch.compile(options={...})`,
-and `override(...)`, which is scoped to a `with` block and to the current thread or task. Parsing is strict: a misspelt name or
+A value comes from, in rising order: the default here, the environment (`LLMKERNELS_<NAME>`), `override(...)`, which is scoped
+to a `with` block and to the current thread or task, and `torch.compile(options={...})`. Parsing is strict: a misspelt name or
 value is a `SettingsError` that lists what would have been accepted.
 """
 
