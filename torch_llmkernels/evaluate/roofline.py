@@ -169,7 +169,7 @@ _best_cpu: dict[int, Ceilings] = {}  # by threads
 def measure_ceilings(target: str, index: int = 0, *, again: bool = False) -> Ceilings:
     """Measure device `index` of `target` (`cuda` or `cpu`); a fraction of a second.
 
-    A GPU is measured once per process. A CPU is measured `again` if asked, and every ceiling is the highest that this process saw.
+    A GPU is measured once per process. A CPU is measured `again` if asked, and every ceiling is the highest it saw.
     """
     if target == "cuda":
         return _measure_cuda(index)

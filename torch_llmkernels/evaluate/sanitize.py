@@ -17,16 +17,19 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from torch_llmkernels.errors import NotApplicable
-from torch_llmkernels.evaluate.buffers import assign, dtype_of, empty, span_bytes
+from torch_llmkernels.errors import ExpressionError, NotApplicable
+from torch_llmkernels.evaluate.buffers import assign, empty
+from torch_llmkernels.evaluate.cut import STUCK_BYTES, cut
 from torch_llmkernels.evaluate.job import Job
-from torch_llmkernels.task import Dim, Task, TensorSpec
+from torch_llmkernels.kernels import launch
+from torch_llmkernels.kernels.device import DeviceFacts
+from torch_llmkernels.kernels.source import parse_kernel
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.task import Task
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TIMEOUT_S = 300
-LARGE_BYTES = 8 << 20
-"""Tasks that move more run with fewer samples: the tools slow a kernel down by up to a thousand times."""
-FEW_SAMPLES = 2
+TIMEOUT_S = 120
+"""Most of a run is the start of torch and CUDA under the tool; the sizes are cut so that the kernel adds seconds."""
 FAULT_EXIT, NOT_APPLICABLE_EXIT = 99, 98
 
 
@@ -55,18 +58,18 @@ def sanitize(job: Job) -> Report:
     tool_path = find_sanitizer()
     if tool_path is None:
         return Report("skipped: no compute-sanitizer on PATH or under /usr/local/cuda*")
-    task = reduced(job.task.at())
-    if task is None:
-        return Report(f"skipped: the task moves more than {LARGE_BYTES} bytes and its first dimension cannot be cut")
+    small = reduced(job, target_for("cuda").facts(job.device_index))
+    if small is None:
+        return Report(f"skipped: no cut of the sizes to {STUCK_BYTES} bytes is one that the kernel serves")
     with tempfile.TemporaryDirectory(prefix="llmk-") as directory:
         path = Path(directory, "job.json")
-        path.write_text(json.dumps(dataclasses.replace(job, task=task).to_json()))
+        path.write_text(json.dumps(small.to_json()))
         with ThreadPoolExecutor(len(TOOLS)) as pool:
             reports = list(pool.map(lambda tool: _run_tool(tool_path, tool, path), TOOLS))
     found = [r for r in reports if r is not None]
     if found:
         return next((r for r in found if r.failure), found[0])
-    return Report(f"passed {', '.join(TOOLS)}")
+    return Report(f"passed {', '.join(TOOLS)} at {_shapes(small.task)}")
 
 
 def _run_tool(tool_path: str, tool: str, job: Path) -> Report | None:
@@ -92,42 +95,28 @@ def _run_tool(tool_path: str, tool: str, job: Path) -> Report | None:
     return None
 
 
-def reduced(task: Task) -> Task | None:
-    """The static task itself if it is small; else one with `FEW_SAMPLES` of the first input's first dimension; None if that
-    dimension is fixed by the program."""
-    if sum(span_bytes(t, dtype_of(t).itemsize) for t in (*task.inputs, *task.outputs)) <= LARGE_BYTES or not task.inputs[0].shape:
-        return task
-    # a weight may happen to be as long as the batch: matrices first, then vectors too
-    for fewest_dims in (2, 1):
-        inputs = tuple(_cut(t, task.inputs[0].shape[0], fewest_dims) for t in task.inputs)
-        outputs = tuple(_cut(t, task.inputs[0].shape[0], fewest_dims) for t in task.outputs)
-        smaller = dataclasses.replace(task, inputs=inputs, outputs=outputs)
-        if _shapes_hold(smaller):
-            return smaller
-    return None
+def reduced(job: Job, facts: DeviceFacts) -> Job | None:
+    """The job at sizes for the tools (see `cut`), with its own constants if they serve those; None if it cannot be cut."""
+    kernel, own = parse_kernel(job.kernel_text, job.kernel_name), dict(job.constants or {})
+
+    def admits(task: Task) -> bool:
+        if kernel.why_not(task):
+            return False
+        try:
+            launch.check_where(kernel, launch.environment(kernel, task, own, facts))
+        except (NotApplicable, ExpressionError):
+            return False
+        return True
+
+    smaller = cut(job.task.at(), admits)
+    if smaller is not None:
+        return dataclasses.replace(job, task=smaller)
+    smaller = cut(job.task.at(), lambda task: kernel.why_not(task) is None and bool(kernel.tunings(task, facts)))
+    return smaller and dataclasses.replace(job, task=smaller, constants=kernel.tunings(smaller, facts)[0])
 
 
-def _cut(spec: TensorSpec, batch: Dim, fewest_dims: int) -> TensorSpec:
-    """The spec with fewer samples, if its first dimension is the batch and the outermost in memory."""
-    outermost = spec.shape and spec.shape[0] == batch and spec.stride[0] == max(int(s) for s in spec.stride)
-    if len(spec.shape) < fewest_dims or not outermost:
-        return spec
-    return dataclasses.replace(spec, shape=(FEW_SAMPLES, *spec.shape[1:]))
-
-
-def _shapes_hold(task: Task) -> bool:
-    """Whether the program gives outputs of the specs' shapes, and those are small."""
-    import torch
-
-    from torch_llmkernels.program import module_of
-
-    inputs = [torch.empty([int(d) for d in t.shape], dtype=dtype_of(t), device="meta") for t in task.inputs]
-    try:
-        outputs = module_of(task)(*inputs)
-    except (RuntimeError, NotImplementedError):
-        return False
-    small = sum(span_bytes(t, dtype_of(t).itemsize) for t in (*task.inputs, *task.outputs)) <= 8 * LARGE_BYTES
-    return small and all(tuple(o.shape) == t.shape for o, t in zip(outputs, task.outputs, strict=True))
+def _shapes(task: Task) -> str:
+    return ", ".join(f"{t.name} {'x'.join(map(str, t.shape))}" for t in task.inputs)
 
 
 def _child(path: str) -> int:
@@ -135,9 +124,6 @@ def _child(path: str) -> int:
     import torch
 
     from torch_llmkernels.evaluate.inputs import InputGenerator
-    from torch_llmkernels.kernels import launch
-    from torch_llmkernels.kernels.source import parse_kernel
-    from torch_llmkernels.kernels.targets import target_for
 
     job = Job.from_json(json.loads(Path(path).read_text()))
     task, constants = job.task, dict(job.constants or {})
@@ -154,7 +140,10 @@ def _child(path: str) -> int:
     for tensor, values in zip(inputs, InputGenerator(task).make("normal", job.seed), strict=True):
         assign(tensor, values)
     outputs = [empty(t, "cuda") for t in task.outputs]
-    launcher(*outputs, *scratch, *inputs)
+    try:
+        launcher(*outputs, *scratch, *inputs)
+    except NotApplicable:
+        return NOT_APPLICABLE_EXIT
     torch.cuda.synchronize()
     return 0
 
