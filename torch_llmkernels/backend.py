@@ -6,7 +6,7 @@ Dynamo hands every captured graph to `llmkernels`. What happens to it:
 2. `why_plain` rules out, without a trace, graphs that nothing can be swapped in. They go to Inductor as they are.
 3. `discover` learns which tasks the graph holds: it traces the graph with composite operators kept whole, up to the joint graph
    (forward and backward together), and stops there. The answer is remembered, in the process and in the store.
-4. `resolve` decides for each task: a verified kernel of the library that wins here, or Inductor.
+4. `resolve` decides for each task: a verified kernel of the library that wins here, or Inductor. The ranks of a job decide alike.
 5. No winner: Inductor gets the graph as it is, and generates exactly what `backend="inductor"` would.
 6. Otherwise Inductor compiles the graph with `SwapPass` in its joint-graph stage, which puts one `llmk::region` operator in the
    place of each winner and decomposes the rest as Inductor would have.
@@ -28,7 +28,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from torch_llmkernels import graph_decision, plan, registry
+from torch_llmkernels import graph_decision, plan, ranks, registry
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
@@ -289,6 +289,17 @@ def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], lis
 
 
 def decide(tasks: Sequence[Task], request: Request) -> list[Decision]:
+    """One decision per task, the same on every rank of a job."""
+    store = ranks.job_store()
+    if store is None or not tasks or graph_decision.is_forced():
+        return decide_here(tasks, request)
+    settings = ranks.settings_in_job(request.settings)
+    here = dataclasses.replace(request, settings=settings)
+    key = graph_decision.job_key(tasks, request)
+    return ranks.agree(store, key, len(tasks), lambda: decide_here(tasks, here), ranks.patience_s(settings))
+
+
+def decide_here(tasks: Sequence[Task], request: Request) -> list[Decision]:
     """One decision per task, less the swaps that were measured to make this whole graph slower.
 
     With `specialize`, a dynamic task that nothing serves is looked up at the sizes seen now.

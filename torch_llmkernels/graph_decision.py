@@ -87,6 +87,18 @@ def graph_key(tasks: Sequence[Task], request: Request) -> str:
     return digest([[task.key for task in tasks], options, torch_version()])
 
 
+def job_key(tasks: Sequence[Task], request: Request) -> str:
+    """What the ranks of a job agree under: all that their decisions for this graph may depend on, but not which unit each has."""
+    from torch_llmkernels.kernels.targets import target_for
+
+    target, settings = target_for(tasks[0].device), request.settings
+    reason = target.unavailable()
+    device = [reason] if reason else [target.facts().kind, str(target.facts().driver)]
+    knobs = [settings.swap, settings.min_speedup, settings.specialize, settings.verify, settings.fuel]
+    sizes = [task.at().key for task in tasks] if settings.specialize else []
+    return digest([graph_key(tasks, request), device, knobs, sizes])
+
+
 def vetoes(graph: str, device: str, settings: Settings) -> dict[str, str]:
     """Digests of the kernels that stay out of this graph, by task key.
 
@@ -117,7 +129,9 @@ def apply(tasks: Sequence[Task], decisions: Sequence[Decision], request: Request
 
 def measured(tasks: Sequence[Task], request: Request) -> GraphDecision | None:
     """What was measured about the graph that has these tasks, or None; with `swap="correct"` it does not count."""
-    if not tasks or request.settings.swap != "fastest":
+    from torch_llmkernels.kernels.targets import target_for
+
+    if not tasks or request.settings.swap != "fastest" or target_for(tasks[0].device).unavailable():
         return None
     return recall(graph_key(tasks, request), tasks[0].device, request.settings)
 
@@ -138,6 +152,11 @@ def _without(decision: Decision, reason: str) -> Decision:
 
 
 _forced: contextvars.ContextVar[frozenset[str] | None] = contextvars.ContextVar("llmkernels_vetoed", default=None)
+
+
+def is_forced() -> bool:
+    """Whether a measurement is compiling one of its variants here."""
+    return _forced.get() is not None
 
 
 @contextlib.contextmanager
