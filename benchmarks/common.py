@@ -228,9 +228,9 @@ def in_turns(calls: Mapping[str, Sequence[Callable[[], Any]]], device: str, quic
     facts = target_for(device).facts()
     if device == "cuda":
         flush = torch.empty(timing.L2_MULTIPLE * facts.l2_bytes, dtype=torch.uint8, device="cuda")
-        subjects = [timing._CudaSubject(name, list(each), flush) for name, each in calls.items()]
+        subjects = [timing.CudaSubject(name, list(each), flush) for name, each in calls.items()]
     else:
-        subjects = [timing._Subject(name, list(each)) for name, each in calls.items()]
+        subjects = [timing.Subject(name, list(each)) for name, each in calls.items()]
     for subject in subjects:
         subject.sample()
         subject.samples.clear()

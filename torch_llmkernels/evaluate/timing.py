@@ -88,7 +88,7 @@ def make_sets(task: Task, workspaces: Sequence[TensorSpec], facts: DeviceFacts, 
     return sets
 
 
-class _Subject:
+class Subject:
     """Something to time: one call per data set."""
 
     def __init__(self, name: str, calls: Sequence[Callable[[], Any]]) -> None:
@@ -119,7 +119,7 @@ class _Subject:
         return (high - low) / self.median if self.median else 0.0
 
 
-class _CudaSubject(_Subject):
+class CudaSubject(Subject):
     """The same as one captured graph; where capture fails, calls one after the other."""
 
     def __init__(self, name: str, calls: Sequence[Callable[[], Any]], flush: torch.Tensor) -> None:
@@ -238,18 +238,18 @@ class Stopwatch:
     def _kernel_calls(self, run: Run) -> list[Callable[[], Any]]:
         return [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
 
-    def _baselines(self, max_autotune: bool) -> list[_Subject]:
+    def _baselines(self, max_autotune: bool) -> list[Subject]:
         found = [("eager", eager(self._task)), ("inductor", inductor(self._task, self._sets[0].inputs))]
         if max_autotune:
             found.append(("max_autotune", inductor(self._task, self._sets[0].inputs, max_autotune=True)))
         return [self._subject(n, [_bound(c, (data.inputs,)) for data in self._sets]) for n, c in found if c is not None]
 
-    def _subject(self, name: str, calls: list[Callable[[], Any]]) -> _Subject:
+    def _subject(self, name: str, calls: list[Callable[[], Any]]) -> Subject:
         if self._task.device == "cuda":
-            return _CudaSubject(name, calls, self._flush)
+            return CudaSubject(name, calls, self._flush)
         for call in (calls[0], calls[-1]):
             call()
-        return _Subject(name, calls)
+        return Subject(name, calls)
 
     def _renew(self) -> None:
         """New data in the same buffers, and outputs that are nobody's answer."""
@@ -260,7 +260,7 @@ class Stopwatch:
             for tensor in data.outputs:
                 tensor.view(torch.uint8).fill_(FINITE_BYTE) if tensor.is_contiguous() and tensor.ndim else tensor.fill_(1)
 
-    def _mismatch(self, kernel: _Subject, checked: Run) -> str | None:
+    def _mismatch(self, kernel: Subject, checked: Run) -> str | None:
         """Compare what a timed sample leaves in the outputs of the first and last set with a checked call on the same data."""
         self._renew()
         kernel.sample()
