@@ -28,7 +28,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from torch_llmkernels import graph_decision, plan, ranks, registry
+from torch_llmkernels import graph_decision, online, plan, ranks, registry
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
@@ -75,8 +75,13 @@ def llmkernels(
         raise  # Dynamo's own control flow, such as a restart of its analysis
     except Exception as error:
         return _give_up(gm, example_inputs, request, error)
-    _report(found, swaps, request)
-    return compile_plain(gm, example_inputs, request) if compiled is None else compiled
+    report = _report(found, swaps, request)
+    if compiled is None:
+        return compile_plain(gm, example_inputs, request)
+    if reason := online.why_not(found.tasks, swaps.wanted, example_inputs, request):
+        log.debug("graph %s is not measured by its first calls: %s", report.name, reason)
+        return compiled
+    return _on_trial(compiled, compile_plain(gm, example_inputs, request), found, swaps, request, report)
 
 
 def register() -> None:
@@ -336,7 +341,21 @@ def _give_up(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request
     return compile_plain(gm, example_inputs, request, reason)
 
 
-def _report(found: Plan, swaps: SwapPass, request: Request) -> None:
+def _on_trial(compiled: Any, plain: Any, found: Plan, swaps: SwapPass, request: Request, report: GraphReport) -> Any:
+    """A callable that lets the graph's first calls decide between the two; the outcome goes into the store and the report."""
+
+    def decided(paired: graph_decision.Paired) -> None:
+        outcome = graph_decision.decide_from(paired, found.tasks, swaps.wanted, request)
+        decisions = graph_decision.apply(found.tasks, [swaps.outcome(task) for task in found.tasks], request)
+        regions = [RegionReport.of(task, decision) for task, decision in zip(found.tasks, decisions, strict=True)]
+        log.info("graph %s: %s: %.2fx Inductor", report.name, "swaps stay" if outcome.swapped else "Inductor", paired.ratio)
+        registry.replace(report, dataclasses.replace(report, regions=(*regions, *found.skipped), measured=outcome))
+
+    trial = online.Trial(compiled, plain, found.tasks[0].device, decided)
+    return lambda *args: trial(*args)  # torch looks for a function's attributes
+
+
+def _report(found: Plan, swaps: SwapPass, request: Request) -> GraphReport:
     """Log one line per region, keep the report of the graph, and write it into torch's structured trace."""
     regions = [RegionReport.of(task, swaps.outcome(task)) for task in found.tasks]
     measured = graph_decision.measured(found.tasks, request)
@@ -349,6 +368,7 @@ def _report(found: Plan, swaps: SwapPass, request: Request) -> None:
         metadata_fn=lambda: {"name": "llmkernels_regions", "encoding": "json"},
         payload_fn=lambda: json.dumps(report.to_json()),
     )
+    return report
 
 
 def _graph_name() -> str:

@@ -1,4 +1,4 @@
-"""The outcome of checking and timing one candidate, and the record of an accepted one.
+"""The outcome of checking and timing one candidate, the record of an accepted one, and what was decided with them.
 
 An `Evaluation` cannot lie by omission: a status implies the fields that must be there, and building one without them raises.
 """
@@ -258,3 +258,51 @@ class Decision:
             raise SchemaError(f"decision schema {plain.get('schema')!r}, this release reads {SCHEMA}")
         record = plain["record"] and Record.from_json(plain["record"])
         return cls(record, plain["reason"], tuple((n, Evaluation.from_json(e)) for n, e in plain["tried"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphDecision:
+    """What the measurement of a model says about one of its graphs.
+
+    Attributes:
+        graph: `graph_decision.graph_key` of the graph.
+        swapped: Tasks whose kernels stay in, by key, each with the digest of the kernel that was measured.
+        vetoed: The same for those that stay out.
+        inductor_ms: Milliseconds of the model compiled by Inductor.
+        swapped_ms: The same with the swaps that stay in.
+        noise: The relative error of their ratio (two standard errors).
+    """
+
+    graph: str
+    swapped: tuple[tuple[str, str], ...]
+    vetoed: tuple[tuple[str, str], ...]
+    inductor_ms: float
+    swapped_ms: float
+    noise: float
+
+    @property
+    def speedup(self) -> float:
+        """Inductor's time over the time with swaps, for the whole model; 1 if no swap is left."""
+        return self.inductor_ms / self.swapped_ms if self.swapped and self.swapped_ms else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON; `from_json` reads it back."""
+        plain = dataclasses.asdict(self)
+        return {**plain, "schema": SCHEMA, "swapped": dict(self.swapped), "vetoed": dict(self.vetoed)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> GraphDecision:
+        """The decision `to_json` wrote.
+
+        Raises:
+            SchemaError: for another schema version or missing fields.
+        """
+        if plain.get("schema") != SCHEMA:
+            raise SchemaError(f"graph decision schema {plain.get('schema')!r}, this release reads {SCHEMA}; precompile again")
+        try:
+            pairs = {name: tuple(sorted(plain[name].items())) for name in ("swapped", "vetoed")}
+            return cls(
+                plain["graph"], pairs["swapped"], pairs["vetoed"], plain["inductor_ms"], plain["swapped_ms"], plain["noise"]
+            )
+        except (KeyError, AttributeError) as error:
+            raise SchemaError(f"graph decision is damaged: {error!r}; precompile again") from error

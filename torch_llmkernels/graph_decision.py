@@ -13,13 +13,14 @@ import contextvars
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 
 from torch_llmkernels.cache.key import torch_version
 from torch_llmkernels.cache.store import open_store
-from torch_llmkernels.errors import LLMKernelsError, SchemaError
-from torch_llmkernels.evaluation import SCHEMA, Decision
+from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluation import Decision, GraphDecision, Record
 from torch_llmkernels.options import Request
 from torch_llmkernels.plan import record_digest
 from torch_llmkernels.settings import Settings
@@ -31,51 +32,34 @@ _PREFIX = "graph/"
 
 
 @dataclasses.dataclass(frozen=True)
-class GraphDecision:
-    """What the measurement of a model says about one of its graphs.
+class Paired:
+    """Two variants timed in turn.
 
     Attributes:
-        graph: `graph_key` of the graph.
-        swapped: Tasks whose kernels stay in, by key, each with the digest of the kernel that was measured.
-        vetoed: The same for those that stay out.
-        inductor_ms: Milliseconds of the model compiled by Inductor.
-        swapped_ms: The same with the swaps that stay in.
-        noise: The relative error of their ratio (two standard errors).
+        first_ms: Median milliseconds of a call of the first.
+        second_ms: The same of the second.
+        ratio: Median of first over second, sample by sample: above 1, the second is faster.
+        noise: Two standard errors of that median.
     """
 
-    graph: str
-    swapped: tuple[tuple[str, str], ...]
-    vetoed: tuple[tuple[str, str], ...]
-    inductor_ms: float
-    swapped_ms: float
+    first_ms: float
+    second_ms: float
+    ratio: float
     noise: float
 
-    @property
-    def speedup(self) -> float:
-        """Inductor's time over the time with swaps, for the whole model; 1 if no swap is left."""
-        return self.inductor_ms / self.swapped_ms if self.swapped and self.swapped_ms else 1.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON; `from_json` reads it back."""
-        plain = dataclasses.asdict(self)
-        return {**plain, "schema": SCHEMA, "swapped": dict(self.swapped), "vetoed": dict(self.vetoed)}
-
     @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> GraphDecision:
-        """The decision `to_json` wrote.
+    def of(cls, first: Sequence[float], second: Sequence[float]) -> Paired:
+        """From milliseconds of samples taken in turn."""
+        ratios = [a / b for a, b in zip(first, second, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        # of a normal sample: sigma is IQR / 1.349, the median's standard error is 1.253 sigma / sqrt(n)
+        noise = 2 * 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
+        return cls(statistics.median(first), statistics.median(second), statistics.median(ratios), noise)
 
-        Raises:
-            SchemaError: for another schema version or missing fields.
-        """
-        if plain.get("schema") != SCHEMA:
-            raise SchemaError(f"graph decision schema {plain.get('schema')!r}, this release reads {SCHEMA}; precompile again")
-        try:
-            pairs = {name: tuple(sorted(plain[name].items())) for name in ("swapped", "vetoed")}
-            return cls(
-                plain["graph"], pairs["swapped"], pairs["vetoed"], plain["inductor_ms"], plain["swapped_ms"], plain["noise"]
-            )
-        except (KeyError, AttributeError) as error:
-            raise SchemaError(f"graph decision is damaged: {error!r}; precompile again") from error
+    @property
+    def second_is_faster(self) -> bool:
+        """Whether the second is faster by more than the noise."""
+        return self.ratio - self.noise > 1.0
 
 
 def graph_key(tasks: Sequence[Task], request: Request) -> str:
@@ -134,6 +118,21 @@ def measured(tasks: Sequence[Task], request: Request) -> GraphDecision | None:
     if not tasks or request.settings.swap != "fastest" or target_for(tasks[0].device).unavailable():
         return None
     return recall(graph_key(tasks, request), tasks[0].device, request.settings)
+
+
+def covers(known: GraphDecision, records: Sequence[Record]) -> bool:
+    """Whether the measurement kept exactly these kernels in (equal ones count once)."""
+    return dict(known.swapped) == {record.task.key: record_digest(record) for record in records}
+
+
+def decide_from(paired: Paired, tasks: Sequence[Task], records: Sequence[Record], request: Request) -> GraphDecision:
+    """Remember what a comparison of the graph without and with all of these swaps says, and return it."""
+    pairs = tuple(sorted({record.task.key: record_digest(record) for record in records}.items()))
+    stay, leave = (pairs, ()) if paired.second_is_faster else ((), pairs)
+    key = graph_key(tasks, request)
+    decision = GraphDecision(key, stay, leave, paired.first_ms, paired.second_ms, paired.noise)
+    remember(decision, tasks[0].device, request.settings)
+    return decision
 
 
 def _judged(task: Task, decision: Decision, known: GraphDecision) -> Decision:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import Any
 
 from torch_llmkernels.errors import LLMKernelsError
-from torch_llmkernels.evaluation import Decision, Evaluation
+from torch_llmkernels.evaluation import Decision, Evaluation, GraphDecision
 from torch_llmkernels.task import Task
-
-if TYPE_CHECKING:
-    from torch_llmkernels.graph_decision import GraphDecision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +121,7 @@ class Report(tuple[GraphReport, ...]):
         return [graph.to_json() for graph in self]
 
     def __str__(self) -> str:
-        from torch_llmkernels.report_table import text  # only who prints pays for it
-
-        return text(self)
+        return table(self)
 
 
 _SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
@@ -144,6 +141,12 @@ def add(report: GraphReport) -> None:
     owner = _compiling_for()
     with _lock:
         _graphs.append((report, None if owner is None else weakref.ref(owner)))
+
+
+def replace(old: GraphReport, new: GraphReport) -> None:
+    """Put a report in another's place: what was decided about the graph has changed since it was compiled."""
+    with _lock:
+        _graphs[:] = [(new if graph is old else graph, owner) for graph, owner in _graphs]
 
 
 def restore(reports: Report) -> None:
@@ -210,3 +213,59 @@ def clear() -> None:
     """Forget them; `torch._dynamo.reset()` does."""
     with _lock:
         _graphs.clear()
+
+
+_WIDTH = 170
+_COLUMNS = ("graph", "region", "task", "inputs", "n", "runs", "kernel ms", "best baseline ms", "ratio", "source", "why")
+_NUMBERS = ("n", "kernel ms", "best baseline ms", "ratio")
+
+
+def table(report: Report) -> str:
+    """The table and its summary, as plain text."""
+    if not report:
+        return "no graph was compiled: not called yet, or it runs code that Dynamo had compiled before (see report())"
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE, pad_edge=False)
+    for column in _COLUMNS:
+        shown.add_column(column, overflow="fold", justify="right" if column in _NUMBERS else "left")
+    for row in (row for graph in report for row in _rows(graph)):
+        shown.add_row(*row)
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=_WIDTH)
+    console.print(shown)
+    for line in _summary(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines() if line.strip())
+
+
+def _rows(graph: GraphReport) -> list[list[str]]:
+    """The lines of one graph; equal regions share one, and `n` counts them."""
+    if not graph.regions:
+        return [[graph.name, "-", *[""] * 8, graph.note or "no region was found"]]
+    counts = Counter((region.signature, region.key, region.reason) for region in graph.regions)
+    distinct = {(region.signature, region.key, region.reason): region for region in graph.regions}
+    return [_row(graph.name, region, counts[name]) for name, region in distinct.items()]
+
+
+def _row(graph: str, region: RegionReport, count: int) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    return [
+        graph, region.signature, region.key[:8], region.shapes, str(count), region.kernel if region.swapped else "Inductor",
+        number(region.kernel_ms, ".4f"), number(region.baseline_ms, ".4f"), number(region.speedup, ".2f"), region.origin or "-",
+        region.reason.removeprefix("kept Inductor: ").removeprefix("swapped: "),
+    ]  # fmt: skip
+
+
+def _summary(report: Report) -> list[str]:
+    """The lines below the table."""
+    lines = [f"{len(report)} graphs, {len(report.regions)} regions, {len(report.swapped)} swapped; ratio: the region alone"]
+    for graph in report:
+        if found := graph.measured:
+            times = f"Inductor {found.inductor_ms:.3f} ms, with {len(found.swapped)} kernels {found.swapped_ms:.3f} ms"
+            lines.append(f"graph {graph.name}, measured whole: {times}: {found.speedup:.2f}x (noise {found.noise:.1%})")
+    return lines

@@ -20,6 +20,7 @@ from torch_llmkernels.errors import SettingsError
 
 OnMiss = Literal["fallback", "search", "background", "error"]
 Swap = Literal["fastest", "correct", "none"]
+WholeGraph = Literal["stored", "measure"]
 Tier = Literal["quick", "full"]
 Preset = Literal["quick", "default", "thorough", "sequential"]
 
@@ -37,6 +38,9 @@ class Settings:
     library_dir: str = knob("", "a kernel library to use instead of the shipped one")
     on_miss: OnMiss = knob("fallback", "what a region without a kernel does: keep Inductor, search now, search behind, or raise")
     swap: Swap = knob("fastest", "which kernels are swapped in: those that win, every correct one (for tests), or none")
+    whole_graph: WholeGraph = knob(
+        "stored", "whether swaps pay in the whole graph: what precompile measured, or measure an inference graph's first calls"
+    )
     strict: bool = knob(False, "raise where the default is to log a reason and fall back to Inductor")
     verify: Tier = knob("quick", "the check a shipped kernel passes on this device before its first use")
     verify_budget_s: float = knob(120.0, "seconds one compilation may spend on verification; beyond it Inductor is kept")
@@ -138,8 +142,15 @@ def override(**values: Any) -> Iterator[Settings]:
     Raises:
         SettingsError: for an unknown name or a value of the wrong type.
     """
-    token = _current.set(current().updated(values))
+    with using(current().updated(values)) as settings:
+        yield settings
+
+
+@contextlib.contextmanager
+def using(settings: Settings) -> Iterator[Settings]:
+    """Make these the settings in force for a `with` block, whatever the environment says."""
+    token = _current.set(settings)
     try:
-        yield current()
+        yield settings
     finally:
         _current.reset(token)

@@ -8,7 +8,6 @@ only if the median of the paired ratios clears two standard errors.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import statistics
@@ -23,7 +22,7 @@ from torch_llmkernels.backend import llmkernels
 from torch_llmkernels.capture import Call, CapturedGraph, fresh_dynamo, untouched
 from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluation import Record
-from torch_llmkernels.graph_decision import GraphDecision
+from torch_llmkernels.graph_decision import GraphDecision, Paired
 from torch_llmkernels.plan import record_digest
 
 log = logging.getLogger("torch_llmkernels.graph_decision")
@@ -34,37 +33,6 @@ LOOKS = 4
 """How often a comparison that is still undecided takes as many samples again."""
 SAMPLE_S = 0.002
 """Seconds that one sample lasts at least: shorter ones measure the clock and the wake-up of the device."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Paired:
-    """Two variants timed in turn.
-
-    Attributes:
-        first_ms: Median milliseconds of a call of the first.
-        second_ms: The same of the second.
-        ratio: Median of first over second, sample by sample: above 1, the second is faster.
-        noise: Two standard errors of that median.
-    """
-
-    first_ms: float
-    second_ms: float
-    ratio: float
-    noise: float
-
-    @classmethod
-    def of(cls, first: Sequence[float], second: Sequence[float]) -> Paired:
-        """From milliseconds of samples taken in turn."""
-        ratios = [a / b for a, b in zip(first, second, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4)
-        # of a normal sample: sigma is IQR / 1.349, the median's standard error is 1.253 sigma / sqrt(n)
-        noise = 2 * 1.253 * (high - low) / 1.349 / math.sqrt(len(ratios))
-        return cls(statistics.median(first), statistics.median(second), statistics.median(ratios), noise)
-
-    @property
-    def second_is_faster(self) -> bool:
-        """Whether the second is faster by more than the noise."""
-        return self.ratio - self.noise > 1.0
 
 
 def samples_ms(

@@ -1,0 +1,95 @@
+"""`whole_graph="measure"`: the first calls of a graph decide between its swaps and Inductor. The clock is scripted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from records import evaluation
+from swapping import Kernels, record_of, swapping
+from torch import nn
+
+import torch_llmkernels
+from torch_llmkernels import backend, graph_decision, online
+from torch_llmkernels.evaluation import Decision
+from torch_llmkernels.graph_decision import Paired
+
+CALLS = 2 * online.WARM_UP + 2 * online.PAIRS
+"""After so many calls a clear difference is decided."""
+
+
+def swap_timed(tasks, settings):
+    return [Decision(dataclasses.replace(record_of(task), evaluation=evaluation()), "swapped: it is a test") for task in tasks]
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Iterator[Kernels]:
+    with swapping(tmp_path, swap_timed) as kernels:
+        yield kernels
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, plain: float, swapped: float) -> None:
+    """Calls take these milliseconds, give or take a little."""
+
+    def milliseconds(self):
+        return [plain * (1 + i % 3 / 100) for i in range(24)], [swapped * (1 + i % 3 / 100) for i in range(24)]
+
+    monkeypatch.setattr(online._HostClock, "milliseconds", milliseconds)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend=backend.llmkernels, options={"whole_graph": "measure"})
+
+
+@pytest.mark.parametrize(("plain", "swapped"), [(1.0, 2.0), (2.0, 1.0)])
+def test_the_first_calls_decide_and_the_outcome_is_remembered(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, plain: float, swapped: float
+) -> None:
+    clock(monkeypatch, plain, swapped)
+    model, x = nn.Sequential(nn.LayerNorm(16), nn.Softmax(-1)), torch.randn(4, 16)
+    with torch.no_grad():
+        expected, first = model(x), compiled(model)
+        for _ in range(CALLS):
+            torch.testing.assert_close(first(x), expected)
+        assert kernels.calls["softmax"] == CALLS / 2, "every call ran one variant, in turns"
+        first(x)
+        stays = swapped < plain
+        assert kernels.calls["softmax"] == CALLS / 2 + stays
+        (graph,) = torch_llmkernels.report(first)
+        assert graph.measured.speedup == (2.0 if stays else 1.0)
+        assert {region.swapped for region in graph.regions} == {stays}
+        assert all(("2.00x" if stays else "gains nothing") in region.reason for region in graph.regions)
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(online, "Trial", None)  # calling it would fail
+        compiled(model)(x)
+        assert kernels.calls["softmax"] == CALLS / 2 + 2 * stays
+
+
+def test_swaps_that_cannot_be_told_apart_from_inductor_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, 1.0, 1.0)
+    seen: list[Paired] = []
+    trial = online.Trial(lambda: "swapped", lambda: "plain", "cpu", seen.append)
+    for _ in range(2 * online.WARM_UP + 2 * online.PAIRS * online.LOOKS - 1):
+        trial()
+    assert trial.winner is None, "it goes on looking while there is nothing to see"
+    trial()
+    assert trial.winner() == "plain" and len(seen) == 1 and trial() == "plain"
+
+
+def test_what_is_not_measured_by_calls(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "Trial", None)
+    model, x = nn.LayerNorm(16), torch.randn(4, 16)
+    compiled(model)(x).sum().backward()  # a training graph
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend.llmkernels)(x)  # not asked for
+        torch._dynamo.reset()
+        torch.compile(model, backend=backend.llmkernels, dynamic=True, options={"whole_graph": "measure"})(x)
+        torch._dynamo.reset()
+        with graph_decision.forcing(frozenset()):
+            compiled(model)(x)
+    assert kernels.calls["layer_norm"] == 4

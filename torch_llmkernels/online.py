@@ -1,0 +1,144 @@
+"""`options={"whole_graph": "measure"}`: a graph's first calls decide whether its swaps pay in the whole graph.
+
+`precompile` measures a model offline. This does it with the user's own calls, for an inference graph that nothing is known about:
+the graph is compiled with its swaps and without, and the calls alternate between the two, each call running exactly one of them,
+until they can be told apart. The faster one then runs alone, and the outcome is remembered as `precompile` would remember it.
+
+No call is made twice, so nothing has to be undone, and on CUDA nothing waits for the device before the end of a group of calls.
+The price is a second compilation of every graph that has swaps, which is why this is an option.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from torch_llmkernels import graph_decision, ranks
+from torch_llmkernels.evaluation import Record
+from torch_llmkernels.graph_decision import Paired
+from torch_llmkernels.options import Request
+from torch_llmkernels.task import Task
+
+log = logging.getLogger("torch_llmkernels.graph_decision")
+
+WARM_UP = 4
+"""Untimed calls of each variant: with CUDA graphs the first ones warm up and record."""
+PAIRS = 12
+"""Calls of each variant after which they are compared."""
+LOOKS = 4
+"""How often a comparison that is undecided takes as many again; then the swaps do not pay."""
+
+
+def why_not(tasks: Sequence[Task], wanted: Sequence[Record], example_inputs: Sequence[Any], request: Request) -> str:
+    """Why the first calls of this graph do not decide about it; empty if they do."""
+    if request.settings.whole_graph != "measure" or request.settings.swap != "fastest":
+        return "not asked for"
+    if graph_decision.is_forced():
+        return "it is being measured offline"
+    known = graph_decision.measured(tasks, request)
+    if known is not None and graph_decision.covers(known, wanted):
+        return "it was measured before"
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in example_inputs):
+        return "it is a training graph, whose backward is not called from here; use precompile(training=True)"
+    if any(task.is_dynamic for task in tasks) or any(isinstance(value, torch.SymInt) for value in example_inputs):
+        return "its sizes vary from call to call; use precompile"
+    if ranks.job_store() is not None:
+        return "the ranks of a job decide alike, and their clocks do not; use precompile on one of them"
+    if torch._dynamo.config.caching_precompile:
+        return "caching_precompile stores one compiled graph, not two"
+    return ""
+
+
+class Trial:
+    """Two variants of a compiled graph that take turns until one has won; then that one alone.
+
+    Args:
+        swapped: With the swaps.
+        plain: Inductor alone.
+        device: `cuda` or `cpu`.
+        decided: Called once with the comparison, Inductor first.
+    """
+
+    def __init__(
+        self, swapped: Callable[..., Any], plain: Callable[..., Any], device: str, decided: Callable[[Paired], None]
+    ) -> None:
+        self.variants = (plain, swapped)
+        self.winner: Callable[..., Any] | None = None
+        self._clock = _CudaClock() if device == "cuda" else _HostClock()
+        self._decided = decided
+        self._calls = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any) -> Any:
+        if self.winner is not None:
+            return self.winner(*args)
+        if self._clock.must_not_run() or not self._lock.acquire(blocking=False):
+            return self.variants[0](*args)  # a CUDA graph of the user's is recording, or another thread is timing
+        try:
+            return self._timed(*args)
+        finally:
+            self._lock.release()
+
+    def _timed(self, *args: Any) -> Any:
+        which, self._calls = self._calls % 2, self._calls + 1
+        if self._calls <= 2 * WARM_UP:
+            return self.variants[which](*args)
+        result = self._clock.time(which, lambda: self.variants[which](*args))
+        done = self._calls - 2 * WARM_UP
+        if done % (2 * PAIRS) == 0:
+            self._compare(last=done == 2 * PAIRS * LOOKS)
+        return result
+
+    def _compare(self, last: bool) -> None:
+        paired = Paired.of(*self._clock.milliseconds())
+        if last or abs(paired.ratio - 1.0) > paired.noise:
+            self.winner = self.variants[paired.second_is_faster]
+            self.variants = (self.winner, self.winner)  # the other one's memory is free
+            self._decided(paired)
+
+
+class _HostClock:
+    """Times calls of two variants on the host."""
+
+    def __init__(self) -> None:
+        self._samples: tuple[list[float], list[float]] = ([], [])
+
+    def must_not_run(self) -> bool:
+        return False
+
+    def time(self, which: int, call: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = call()
+        self._samples[which].append((time.perf_counter() - begin) * 1e3)
+        return result
+
+    def milliseconds(self) -> tuple[list[float], list[float]]:
+        return self._samples
+
+
+class _CudaClock:
+    """Times calls of two variants between events of the current stream; only reading the times waits for the device."""
+
+    def __init__(self) -> None:
+        self._events: tuple[list[Any], list[Any]] = ([], [])
+
+    def must_not_run(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def time(self, which: int, call: Callable[[], Any]) -> Any:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        result = call()
+        end.record()
+        self._events[which].append((begin, end))
+        return result
+
+    def milliseconds(self) -> tuple[list[float], list[float]]:
+        torch.cuda.synchronize()
+        first, second = ([begin.elapsed_time(end) for begin, end in events] for events in self._events)
+        return first, second
