@@ -23,7 +23,7 @@ from torch_llmkernels.evaluation import Decision, Evaluation, Record
 from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.kernels.targets import target_for
-from torch_llmkernels.settings import Settings
+from torch_llmkernels.settings import Settings, using
 from torch_llmkernels.task import Task
 
 log = logging.getLogger("torch_llmkernels.resolve")
@@ -61,6 +61,10 @@ class Resolver:
 
     def decide(self, task: Task) -> Decision:
         """The decision for one task, verified here if it has to be."""
+        with using(self.settings):  # for what reads the knobs further down, such as the choice of a compiler
+            return self._decide(task)
+
+    def _decide(self, task: Task) -> Decision:
         if self.settings.swap == "none":
             return Decision(None, "kept Inductor: swap='none'")
         target = target_for(task.device)
@@ -192,17 +196,17 @@ def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settin
     return worker(settings).evaluate(job)
 
 
-_worker = None
+_workers: dict[tuple[float, str], Any] = {}
 _worker_lock = threading.Lock()
 
 
 def worker(settings: Settings) -> Any:
-    """The evaluation worker of this process, started at first use and closed at exit."""
-    global _worker
+    """The evaluation worker of this process for these limits, started at first use and closed at exit."""
+    limits = settings.worker_timeout_s, settings.cxx
     with _worker_lock:
-        if _worker is None:
+        if limits not in _workers:
             from torch_llmkernels.evaluate.worker import Worker
 
-            _worker = Worker(settings)
-            atexit.register(_worker.close)
-        return _worker
+            _workers[limits] = Worker(settings)
+            atexit.register(_workers[limits].close)
+        return _workers[limits]

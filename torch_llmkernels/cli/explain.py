@@ -126,7 +126,7 @@ def explain(
 
     lookup = Lookup(settings)
     found: list[Explained] = []
-    with knobs.override(**dataclasses.asdict(settings)):
+    with knobs.using(settings):
         graphs = capture_graphs(model, [call], training=training, dynamic=dynamic)
     for position, graph in enumerate(graphs):
         if graph.note:

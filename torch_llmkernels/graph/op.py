@@ -170,7 +170,8 @@ class Slot:
         try:
             if device_type != self.spec.task.device:
                 raise NotApplicable(f"made for {self.spec.task.device}, called with tensors on {device_type}")
-            return build_launcher(self.spec, self._settings, index)
+            with settings_module.using(self._settings):
+                return build_launcher(self.spec, self._settings, index)
         except LLMKernelsError as error:
             if self._settings.strict:
                 raise
