@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,7 @@ from torch_llmkernels.cache import bundle
 from torch_llmkernels.cache.remote import FileRemote, RemoteCache, Shared
 from torch_llmkernels.cache.store import NullStore
 from torch_llmkernels.errors import SchemaError, StoreError
-from torch_llmkernels.evaluation import Decision
+from torch_llmkernels.evaluation import Decision, GraphDecision
 
 TASK, OTHER = tasks.layer_norm_task(), tasks.layer_norm_task(cols=128)
 
@@ -154,3 +156,30 @@ def test_failing_remote_is_left_alone_after_one_warning(caplog) -> None:
     assert shared.record(TASK.key, FACTS.kind) is None and shared.record(OTHER.key, FACTS.kind) is None
     assert not shared.publish(record_for(TASK))
     assert remote.calls == 1 and len(caplog.records) == 1 and "no route to host" in caplog.text
+
+
+def test_whole_graph_decisions_count_on_the_kind_and_driver_they_were_measured_on(tmp_path: Path) -> None:
+    measured = GraphDecision("g", (("a", "1"),), (("b", "2"),), 2.0, 1.0, 0.01, FACTS.kind, FACTS.unit, FACTS.driver)
+    bundle.export(tmp_path / "mine.llmk", [record_for(TASK)], graphs=[measured])
+    store = NullStore()
+    done = bundle.import_(tmp_path / "mine.llmk", store)
+    assert len(done.graphs) == 1 and len(done.records) == 1 and not done.skipped
+    another_unit = SimpleNamespace(kind=FACTS.kind, unit="host-2", driver=FACTS.driver)
+    assert store.graph_decision("g", another_unit) == measured
+    assert store.graph_decision("other graph", another_unit) is None
+    for changed in ({"driver": "g++ 13"}, {"kind": "cpu-x86_64-avx512"}):
+        assert store.graph_decision("g", SimpleNamespace(**{**vars(another_unit), **changed})) is None
+    own = GraphDecision("g", (), (("a", "1"),), 1.0, 1.0, 0.01, FACTS.kind, "host-2", FACTS.driver)
+    store.put_graph_decision(own)
+    assert store.graph_decision("g", another_unit) == own, "what was measured here goes first"
+
+
+def test_a_damaged_graph_decision_refuses_the_bundle(tmp_path: Path) -> None:
+    bundle.export(tmp_path / "x", graphs=[GraphDecision("g", (), (), 2.0, 1.0, 0.01)])
+    with zipfile.ZipFile(tmp_path / "x") as archive:
+        (name,) = (n for n in archive.namelist() if n.startswith("graphs/"))
+    content = b'{"schema": 1}'
+    rewrite(tmp_path / "x", lambda entries: entries.update({name: content}))
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    edit_manifest(tmp_path / "x", lambda manifest: manifest["entries"].update({name: entry}))
+    refused(tmp_path / "x", SchemaError, "graph decision is damaged")

@@ -184,6 +184,7 @@ def test_winners_are_exported(script: Evaluations, tmp_path: Path) -> None:
     report = precompile(Norms().eval(), (torch.randn(4, 32),), export=tmp_path / "model.llmk")
     names = zipfile.ZipFile(report.exported).namelist()
     assert sum(name.startswith("records/") for name in names) == 2
+    assert sum(name.startswith("graphs/") for name in names) == 1
 
 
 def test_a_difference_counts_only_beyond_the_noise() -> None:

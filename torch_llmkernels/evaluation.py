@@ -271,6 +271,9 @@ class GraphDecision:
         inductor_ms: Milliseconds of the model compiled by Inductor.
         swapped_ms: The same with the swaps that stay in.
         noise: The relative error of their ratio (two standard errors).
+        device_kind: Slug of the kind of the device that was measured; filled in when it is stored, like the next two.
+        unit: Which device of that kind.
+        driver: Version of its driver.
     """
 
     graph: str
@@ -279,6 +282,9 @@ class GraphDecision:
     inductor_ms: float
     swapped_ms: float
     noise: float
+    device_kind: str = ""
+    unit: str = ""
+    driver: str = ""
 
     @property
     def speedup(self) -> float:
@@ -302,7 +308,8 @@ class GraphDecision:
         try:
             pairs = {name: tuple(sorted(plain[name].items())) for name in ("swapped", "vetoed")}
             return cls(
-                plain["graph"], pairs["swapped"], pairs["vetoed"], plain["inductor_ms"], plain["swapped_ms"], plain["noise"]
-            )
+                plain["graph"], pairs["swapped"], pairs["vetoed"], plain["inductor_ms"], plain["swapped_ms"], plain["noise"],
+                plain["device_kind"], plain["unit"], plain["driver"],
+            )  # fmt: skip
         except (KeyError, AttributeError) as error:
             raise SchemaError(f"graph decision is damaged: {error!r}; precompile again") from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import json
 import logging
 import math
 import statistics
@@ -19,16 +18,13 @@ from collections.abc import Iterator, Sequence
 
 from torch_llmkernels.cache.key import torch_version
 from torch_llmkernels.cache.store import open_store
-from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluation import Decision, GraphDecision, Record
 from torch_llmkernels.options import Request
 from torch_llmkernels.plan import record_digest
 from torch_llmkernels.settings import Settings
-from torch_llmkernels.task import Task, canonical_json, digest
+from torch_llmkernels.task import Task, digest
 
 log = logging.getLogger("torch_llmkernels.graph_decision")
-
-_PREFIX = "graph/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +77,6 @@ def job_key(tasks: Sequence[Task], request: Request) -> str:
     knobs = [settings.swap, settings.min_speedup, settings.specialize, settings.verify, settings.fuel]
     sizes = [task.at().key for task in tasks] if settings.specialize else []
     return digest([graph_key(tasks, request), device, knobs, sizes])
-
-
-def vetoes(graph: str, device: str, settings: Settings) -> dict[str, str]:
-    """Digests of the kernels that stay out of this graph, by task key.
-
-    Args:
-        graph: `graph_key` of the graph.
-        device: `cuda` or `cpu`.
-        settings: The knobs in force.
-    """
-    known = recall(graph, device, settings)
-    return dict(known.vetoed) if known else {}
 
 
 def apply(tasks: Sequence[Task], decisions: Sequence[Decision], request: Request) -> list[Decision]:
@@ -169,24 +153,16 @@ def forcing(vetoed: frozenset[str]) -> Iterator[None]:
 
 
 def recall(graph: str, device: str, settings: Settings) -> GraphDecision | None:
-    """What was measured about a graph on this device, or None."""
-    try:
-        blob = open_store(settings).get(_name(graph, device))
-        return None if blob is None else GraphDecision.from_json(json.loads(blob))
-    except (LLMKernelsError, ValueError) as error:
-        if settings.strict:
-            raise
-        log.warning("graph decision %s is unreadable and does not count: %s", graph, error)
-        return None
+    """What was measured about a graph on this device, or came in a bundle from one of its kind and driver; or None."""
+    from torch_llmkernels.kernels.targets import target_for
+
+    return open_store(settings).graph_decision(graph, target_for(device).facts())
 
 
 def remember(decision: GraphDecision, device: str, settings: Settings) -> None:
     """Keep what was measured about a graph on this device."""
-    open_store(settings).put(_name(decision.graph, device), canonical_json(decision.to_json()).encode())
-
-
-def _name(graph: str, device: str) -> str:
     from torch_llmkernels.kernels.targets import target_for
 
     facts = target_for(device).facts()
-    return f"{_PREFIX}{graph}/{digest([facts.kind, facts.unit, str(facts.driver)])}"
+    here = dataclasses.replace(decision, device_kind=facts.kind, unit=facts.unit, driver=str(facts.driver))
+    open_store(settings).put_graph_decision(here)

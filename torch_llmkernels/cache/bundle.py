@@ -1,8 +1,10 @@
 """A portable file of kernels and their evidence: `.llmk`, a zip of JSON with a manifest of sha256 digests.
 
 A bundle is a claim by whoever made it. Importing one makes its kernels candidates: each is checked and timed on this device
-before its first use, exactly as if it had been searched here. Compiled binaries are exported for inspection and archiving only;
-they are never imported, because a binary cannot be checked against its source.
+before its first use, exactly as if it had been searched here. What was measured about whole graphs comes along, and counts on
+devices of the same kind and driver, for exactly the kernels that were measured; elsewhere graphs are measured again. Compiled
+binaries are exported for inspection and archiving only; they are never imported, because a binary cannot be checked against its
+source.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.library import write_atomically
 from torch_llmkernels.cache.store import BaseStore
 from torch_llmkernels.errors import SchemaError, StoreError
-from torch_llmkernels.evaluation import Decision, Record
+from torch_llmkernels.evaluation import Decision, GraphDecision, Record
 from torch_llmkernels.task import canonical_json, digest
 
 SCHEMA = 1
@@ -30,7 +32,7 @@ MANIFEST = "manifest.json"
 MAX_ENTRIES = 100_000
 MAX_ENTRY_BYTES = 64 << 20  # the largest cubins are a few MiB
 MAX_TOTAL_BYTES = 2 << 30
-_KINDS = ("records", "decisions", "binaries")
+_KINDS = ("records", "decisions", "graphs", "binaries")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content gives the same file
 
 
@@ -41,10 +43,12 @@ class Imported:
     Attributes:
         records: Store keys of the candidates that were added.
         skipped: One line for each entry that was not, with the reason.
+        graphs: Store keys of the whole-graph decisions that were added.
     """
 
     records: tuple[str, ...]
     skipped: tuple[str, ...]
+    graphs: tuple[str, ...] = ()
 
 
 def export(
@@ -52,6 +56,7 @@ def export(
     records: Iterable[Record] = (),
     decisions: Iterable[tuple[RecordKey, Decision]] = (),
     binaries: Mapping[str, bytes] | None = None,
+    graphs: Iterable[GraphDecision] = (),
 ) -> int:
     """Write a bundle; returns the number of entries.
 
@@ -60,6 +65,7 @@ def export(
         records: Accepted kernels.
         decisions: Decisions with their keys, as evidence of what was tried where.
         binaries: Compiled code by binary key.
+        graphs: What was measured about whole graphs, with the device.
     """
     entries: dict[str, bytes] = {}
     for record in records:
@@ -67,6 +73,8 @@ def export(
     for key, decision in decisions:
         plain = {"key": key.to_json(), "decision": decision.to_json()}
         entries[_name("decisions", plain)] = canonical_json(plain).encode()
+    for graph in graphs:
+        entries[_name("graphs", graph.to_json())] = canonical_json(graph.to_json()).encode()
     for key, code in (binaries or {}).items():
         entries[f"binaries/{digest(key)}.bin"] = code
     write_atomically(Path(path), _archive(entries))
@@ -105,14 +113,17 @@ def import_(path: Path | str, store: BaseStore) -> Imported:
     entries = read(path)
     found: list[Record] = []
     skipped: list[str] = []
+    graphs = [_graph(name, content, path) for name, content in entries.items() if name.startswith("graphs/")]
     for name, content in entries.items():
+        if name.startswith("graphs/"):
+            continue
         record = _record(name, content, path)
         if record is None:
             skipped.append(f"{name}: {_why_skipped(name)}")
         else:
             found.append(dataclasses.replace(record, origin=f"import:{path.stem}"))
     keys = dict.fromkeys(store.put_imported(record) for record in found)
-    return Imported(tuple(keys), tuple(skipped))
+    return Imported(tuple(keys), tuple(skipped), tuple(store.put_imported_graph(graph) for graph in graphs))
 
 
 def _why_skipped(name: str) -> str:
@@ -130,6 +141,13 @@ def _record(name: str, content: bytes, path: Path) -> Record | None:
             return Record.from_json(plain)
         return Decision.from_json(plain["decision"]).record
     except (SchemaError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(f"bundle {path}: entry {name}: {error}") from error
+
+
+def _graph(name: str, content: bytes, path: Path) -> GraphDecision:
+    try:
+        return GraphDecision.from_json(json.loads(content))
+    except (SchemaError, ValueError) as error:
         raise SchemaError(f"bundle {path}: entry {name}: {error}") from error
 
 

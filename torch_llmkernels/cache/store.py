@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import diskcache
 
 from torch_llmkernels.cache import disk
-from torch_llmkernels.cache.key import RecordKey, seal, unseal
+from torch_llmkernels.cache.key import Facts, RecordKey, seal, unseal
 from torch_llmkernels.errors import SchemaError, StoreError
-from torch_llmkernels.evaluation import Decision, Record
+from torch_llmkernels.evaluation import Decision, GraphDecision, Record
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import canonical_json, digest
 
@@ -31,6 +31,7 @@ log = logging.getLogger("torch_llmkernels.cache")
 T = TypeVar("T")
 
 DECISION, BINARY, IMPORTED = "decision/", "binary/", "imported/"
+GRAPH, IMPORTED_GRAPH = "graph/", "imported-graph/"
 _GENERATION = "meta/generation"
 _NO_DECISIONS = "0" * 32
 
@@ -154,6 +155,36 @@ class BaseStore(abc.ABC):
         name = f"{IMPORTED}{record.task.signature}/{record.task.key}/{digest(plain)}"
         self.put(name, canonical_json(plain).encode())
         return name
+
+    def graph_decision(self, graph: str, facts: Facts) -> GraphDecision | None:
+        """What was measured about a graph on this device, else what a bundle says of a device of its kind and driver, or None."""
+        own = f"{GRAPH}{graph}/{digest([facts.kind, facts.unit, str(facts.driver)])}"
+        return self._graph(own) or self._graph(f"{IMPORTED_GRAPH}{graph}/{digest([facts.kind, str(facts.driver)])}")
+
+    def put_graph_decision(self, decision: GraphDecision) -> str:
+        """Keep what was measured about a graph on the device that `decision` names; returns its store key."""
+        name = f"{GRAPH}{decision.graph}/{digest([decision.device_kind, decision.unit, decision.driver])}"
+        self.put(name, canonical_json(decision.to_json()).encode())
+        return name
+
+    def put_imported_graph(self, decision: GraphDecision) -> str:
+        """Keep what another unit's measurement says, for devices of its kind and driver; returns its store key."""
+        name = f"{IMPORTED_GRAPH}{decision.graph}/{digest([decision.device_kind, decision.driver])}"
+        self.put(name, canonical_json(decision.to_json()).encode())
+        return name
+
+    def graph_decisions(self) -> list[GraphDecision]:
+        """Every readable one, measured here or imported."""
+        found = (self._graph(name) for name in (*self.keys(GRAPH), *self.keys(IMPORTED_GRAPH)))
+        return [decision for decision in found if decision is not None]
+
+    def _graph(self, name: str) -> GraphDecision | None:
+        plain = self._json(name)
+        if plain is None:
+            return None
+        with self._readable(name):
+            return GraphDecision.from_json(plain)
+        return None
 
     def generation(self) -> str:
         """32 hex digits that change whenever what the stored decisions would swap changes, and only then."""

@@ -99,6 +99,10 @@ def _what(key: str, value: bytes) -> str:
     if key.startswith("imported/"):
         plain = json.loads(value)
         return f"candidate {plain['kernel_name']} of {plain['origin']}, measured on {plain['device_kind']}"
+    if key.startswith(("graph/", "imported-graph/")):
+        plain = json.loads(value)
+        count = f"{len(plain['swapped'])} kernels stay, {len(plain['vetoed'])} do not pay"
+        return f"whole graph on {plain['device_kind']}: {count}"
     return "compiled code" if key.startswith("binary/") else key.partition("/")[0]
 
 
@@ -207,7 +211,7 @@ def _export(args: argparse.Namespace) -> int:
     imported = [record for signature in signatures for record in store.imported(signature)]
     names = [key.removeprefix("binary/") for key in store.keys("binary/")] if args.binaries else []
     binaries = {name: store.binary(name) or b"" for name in names}
-    count = bundle.export(args.file, imported, store.decisions(), binaries)
+    count = bundle.export(args.file, imported, store.decisions(), binaries, store.graph_decisions())
     print(f"wrote {count} entries to {args.file}")
     return 0
 
@@ -218,6 +222,8 @@ def _import(args: argparse.Namespace) -> int:
     store = _open()
     done = bundle.import_(args.file, store)
     print(f"added {len(done.records)} candidates to {store.directory}; each is verified on this device before its first use")
+    if done.graphs:
+        print(f"added {len(done.graphs)} whole-graph decisions; they count on devices of the same kind and driver")
     for line in done.skipped:
         print(f"left out {line}")
     return 0

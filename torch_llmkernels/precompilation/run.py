@@ -140,7 +140,7 @@ def precompile(
     left = max(budget - (time.monotonic() - begin), 1.0)
     decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
     build_all(winners(regions), settings)
-    exported = _export(export, regions) if export else None
+    exported = _export(export, regions, decided, settings) if export else None
     complete = not any(r.is_open for r in regions)
     return dataclasses.replace(
         report,
@@ -242,8 +242,9 @@ def build_all(won: Mapping[str, Record], settings: Settings) -> None:
         build(kernel, record.task, dict(record.constants), target, target.facts(), store)
 
 
-def _export(path: str | Path, regions: Iterable[PlannedRegion]) -> Path:
-    """Write the winners to a bundle."""
-    path = Path(path)
-    bundle.export(path, records=winners(regions).values())
+def _export(path: str | Path, regions: Iterable[PlannedRegion], decided: Iterable[GraphDecision], settings: Settings) -> Path:
+    """Write the winners to a bundle, with what was measured about the graphs, as it is stored: with the device."""
+    path, won = Path(path), winners(regions)
+    stored = [recall(graph.graph, next(iter(won.values())).task.device, settings) for graph in decided]
+    bundle.export(path, records=won.values(), graphs=[graph for graph in stored if graph is not None])
     return path
