@@ -9,6 +9,8 @@ import pytest
 import torch
 from tasks import contiguous, layer_norm_task, matmul_task, relu_add_task, softmax_task
 
+from torch_llmkernels.evaluate import check as check_module
+from torch_llmkernels.evaluate import statistics
 from torch_llmkernels.evaluate.attention import attention, attention_backward
 from torch_llmkernels.evaluate.check import check, exponential_outputs, non_finite_mismatch, symbol_values
 from torch_llmkernels.evaluate.reference import condition, magnitude, precision, reference, yardstick
@@ -258,3 +260,35 @@ def test_outputs_need_not_be_row_major() -> None:
 
     assert check(task, lambda y, a, b: y.copy_((a + b).relu()))[1] is None
     assert "y[1, 2, 3]" in (check(task, wrong)[1] or "")
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "few", "nan", "inf"])
+def test_the_percentile_is_exact_however_it_is_found(kind: str) -> None:
+    values = torch.randn(200_001, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).abs()
+    values = {"ties": (values * 4).round(), "zeros": values * 0, "few": values[:7]}.get(kind, values)
+    if kind in ("nan", "inf"):
+        values[::50] = float(kind)
+    exact = float(values.kthvalue(max(1, math.floor(statistics.PERCENTILE * values.numel()))).values)
+    assert statistics._percentile(values) == statistics._finite(exact)
+
+
+def test_masks_and_sums_tell_what_is_not_finite() -> None:
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        values = torch.tensor([0.0, -1.0, torch.finfo(dtype).max, 5e-8, math.inf, -math.inf, math.nan], dtype=dtype)
+        assert torch.equal(statistics.finite_mask(values), values.isfinite())
+        assert statistics.all_finite(values[:2], values[:0])
+        assert not any(statistics.all_finite(values[:2], values[i : i + 1]) for i in (4, 5, 6))
+
+
+def test_answers_are_computed_once_for_probes_of_one_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    monkeypatch.setattr(check_module, "reference", lambda *a: computed.append(a) or reference(*a))
+    task, answers = relu_add_task(64), check_module.Answers()
+
+    def run(y: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        torch.add(a, b, out=y).relu_()
+
+    for _ in range(3):
+        assert check_module.check(task, run, "probe", answers=answers)[1] is None
+    assert len(computed) == 1
+    assert check_module.check(task, lambda y, a, b: y.zero_(), "probe", answers=answers)[1] is not None

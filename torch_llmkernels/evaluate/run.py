@@ -26,6 +26,7 @@ from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.task import Task
 
 if TYPE_CHECKING:
+    from torch_llmkernels.evaluate.check import Answers
     from torch_llmkernels.evaluate.roofline import Floor
     from torch_llmkernels.evaluate.timing import Times
 
@@ -101,6 +102,7 @@ class _Evaluator:
         self._resources = Resources()
         self._environment: tuple[tuple[str, str], ...] = ()
         self._floor_ms = 0.0
+        self._answers: Answers | None = None
 
     def failed(self, status: Status, detail: str, errors: tuple[ErrorStat, ...] = ()) -> Evaluation:
         """An evaluation that ended early."""
@@ -182,12 +184,15 @@ class _Evaluator:
         return passed[times.index(min(times))]
 
     def _check(self, made: Candidate, tier: str, seed: int | None = None) -> tuple[ErrorStat, ...]:
-        from torch_llmkernels.evaluate.check import check
+        from torch_llmkernels.evaluate.check import Answers, check
 
         self._progress(f"checking ({tier})")
         seed = self.job.seed if seed is None else seed
         alignment = made.kernel.align
-        errors, failure = check(self.task, made.launcher, tier, workspaces=made.workspaces, alignment=alignment, seed=seed)
+        self._answers = self._answers or Answers()
+        errors, failure = check(
+            self.task, made.launcher, tier, workspaces=made.workspaces, alignment=alignment, seed=seed, answers=self._answers
+        )
         if failure:
             raise _Rejected(errors, failure if tier != "again" else f"after timing: {failure}")
         return errors

@@ -32,6 +32,8 @@ MOST_SET_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 L2_MULTIPLE = 2
 MOST_SAMPLES, FEWEST_SAMPLES = 240, 9
 SCRATCH_ALIGN = 256
+POOL_EXTRA = 1 << 18
+"""Places in a pool of random values from which an input's data may begin."""
 GROUPS = 12
 """Groups of consecutive samples whose medians the spread is taken over, where there are four samples in each."""
 SECONDS_PER_SUBJECT = 0.7
@@ -177,6 +179,8 @@ class Stopwatch:
             L2_MULTIPLE * facts.l2_bytes if task.device == "cuda" else 0, dtype=torch.uint8, device=task.device
         )
         self._fresh = [i for i, t in enumerate(task.inputs) if self._may_change(t)]
+        self._random = random.Random(0)
+        self._pools = {i: _pool(self._sets[0].inputs[i]) for i in self._fresh}
 
     def _may_change(self, spec: TensorSpec) -> bool:
         """Whether new normal values keep an input valid: floating, not a parameter, not a statistic of another input."""
@@ -254,11 +258,19 @@ class Stopwatch:
     def _renew(self) -> None:
         """New data in the same buffers, and outputs that are nobody's answer."""
         for data in self._sets:
-            for i in self._fresh:
-                tensor = data.inputs[i]
-                assign(tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).normal_())
+            for i, pool in self._pools.items():
+                self._draw(data.inputs[i], pool)
             for tensor in data.outputs:
                 tensor.view(torch.uint8).fill_(FINITE_BYTE) if tensor.is_contiguous() and tensor.ndim else tensor.fill_(1)
+
+    def _draw(self, tensor: torch.Tensor, pool: torch.Tensor) -> None:
+        """Other normal values: a stretch of the pool from a random place on, times a random factor."""
+        begin, factor = self._random.randrange(POOL_EXTRA), self._random.uniform(0.5, 1.5)
+        values = pool[begin : begin + tensor.numel()].view(tensor.shape)
+        if 0 in tensor.stride():
+            assign(tensor, values * factor)
+        else:
+            torch.mul(values, factor, out=tensor)
 
     def _mismatch(self, kernel: Subject, checked: Run) -> str | None:
         """Compare what a timed sample leaves in the outputs of the first and last set with a checked call on the same data."""
@@ -276,6 +288,11 @@ class Stopwatch:
                 if not agree(timed, right):
                     return f"output {spec.name} of a timed call differs from that of a checked call on the same data"
         return None
+
+
+def _pool(tensor: torch.Tensor) -> torch.Tensor:
+    """Normal values for `Stopwatch._draw`: drawing every one anew would take longer than the calls that are timed."""
+    return torch.empty(tensor.numel() + POOL_EXTRA, dtype=tensor.dtype, device=tensor.device).normal_()
 
 
 def paired(above: Sequence[float], below: Sequence[float]) -> float:
