@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import fx
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph import op
+from torch_llmkernels.graph.calls import size
+from torch_llmkernels.graph.sizes import is_from_placeholders
 from torch_llmkernels.task import Task
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ _COPIED_META = ("recompute", "ac_graph_id", "partitioner_tag", "stack_trace", "n
 def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
     """Replace the region by a call of `llmk::region` bound to `record`, in place; returns the call.
 
-    The call goes after the region's last input. The region's nodes stay, unread: `tidy` drops them once all swaps are done.
+    Where the task sees a tensor in another shape than the graph, a view goes between. The call goes after the region's last
+    input. The region's nodes stay, unread: `tidy` drops them once all swaps are done.
 
     Args:
         graph: A functional ATen graph with fake values in `meta["val"]`.
@@ -36,9 +39,11 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
             graph then computes what it did.
     """
     replaced = {} if replaced is None else replaced
-    inputs = [replaced.get(node, node) for node in region.inputs]
+    given = [replaced.get(node, node) for node in region.inputs]
     if region.task.is_dynamic and not record.task.is_dynamic:
         _specialize(region, record.task)
+    shapes = [_size_arguments(graph, n.meta["val"].shape, given) if _is_viewed(region, n) else [] for n in region.outputs]
+    inputs = [_viewed(graph, node, region, old) for node, old in zip(given, region.inputs, strict=True)]
     symbols = _size_nodes(graph, record.task, region, inputs)
     with graph.inserting_after(_last(graph, [*inputs, *symbols])):
         call = graph.call_function(op.region_op(), (op.encode_spec(record), inputs, symbols))
@@ -49,11 +54,71 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
         raise
     with graph.inserting_after(call):
         for i, old in reversed(list(enumerate(region.outputs))):
-            new = graph.call_function(operator.getitem, (call, i))
-            new.meta = dict(old.meta)
-            old.replace_all_uses_with(new)
-            replaced[old] = new
+            replaced[old] = _output(graph, call, i, region, shapes[i])
+            old.replace_all_uses_with(replaced[old])
     return call
+
+
+def _output(graph: fx.Graph, call: fx.Node, index: int, region: RegionTask, sizes: Sequence[Any]) -> fx.Node:
+    """One output of the call in the graph's own shape."""
+    old = region.outputs[index]
+    new = graph.call_function(operator.getitem, (call, index))
+    new.meta = {**old.meta, "val": region.value(old)}
+    if not _is_viewed(region, old):
+        return new
+    with graph.inserting_after(new):
+        shown = graph.call_function(torch.ops.aten.view.default, (new, sizes))
+    shown.meta = dict(old.meta)
+    return shown
+
+
+def _viewed(graph: fx.Graph, node: fx.Node, region: RegionTask, old: fx.Node) -> fx.Node:
+    """The input `old`, by now `node`, in the shape that the task sees it in; an output of an earlier swap is not viewed twice."""
+    wanted = region.value(old)
+    if not _is_viewed(region, old):
+        return node
+    source = node.args[0] if node.target is torch.ops.aten.view.default else None
+    if isinstance(source, fx.Node) and _layout(source.meta["val"]) == _layout(wanted):
+        return source
+    sizes = _size_arguments(graph, wanted.shape, [node])
+    with graph.inserting_after(_last(graph, [node, *(n for n in sizes if isinstance(n, fx.Node))])):
+        shown = graph.call_function(torch.ops.aten.view.default, (node, sizes))
+    shown.meta = {"val": wanted} | _tags(region)
+    return shown
+
+
+def _is_viewed(region: RegionTask, node: fx.Node) -> bool:
+    """Whether the task sees an input or output in another shape than the graph."""
+    return region.value(node).ndim != node.meta["val"].ndim
+
+
+def _layout(value: torch.Tensor) -> list[Any]:
+    return [size(s) for s in (*value.shape, *value.stride())]
+
+
+def _size_arguments(graph: fx.Graph, sizes: Iterable[Any], given: Sequence[fx.Node]) -> list[Any]:
+    """Sizes as arguments of a view: ints, -1 for the only symbolic one, else a node for each of those.
+
+    Raises:
+        TaskError: if several are symbolic, and one of them is neither held by the graph nor a size of a tensor in `given`.
+    """
+    found = list(sizes)
+    symbolic = [i for i, s in enumerate(found) if not isinstance(size(s), int)]
+    if len(symbolic) == 1:
+        return [-1 if i in symbolic else size(s) for i, s in enumerate(found)]
+    return [_size_node(graph, s, given) if i in symbolic else size(s) for i, s in enumerate(found)]
+
+
+def _size_node(graph: fx.Graph, wanted: torch.SymInt, given: Sequence[fx.Node]) -> fx.Node:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and size(value) == size(wanted) and is_from_placeholders(node):
+            return node
+    for position, node in enumerate(given):
+        for dim, extent in enumerate(node.meta["val"].shape):
+            if size(extent) == size(wanted):
+                return _query(graph, position, torch.ops.aten.sym_size.int, dim, given)
+    raise TaskError(f"the size {size(wanted)} of an output is not a size of any input, so the output cannot be viewed back")
 
 
 def tidy(graph: fx.Graph) -> None:
@@ -110,14 +175,14 @@ def _specialize(region: RegionTask, static: Task) -> None:
         TaskError: if the sizes are not those of the static task.
     """
     pairs = zip((*region.inputs, *region.outputs), (*static.inputs, *static.outputs), strict=True)
-    values = [(node.meta["val"], spec) for node, spec in pairs]
+    values = [(region.value(node), spec) for node, spec in pairs]
     if any(
         (v.node.hint if isinstance(v, torch.SymInt) else v) != size
         for t, s in values
         for v, size in zip(t.shape, s.shape, strict=True)
     ):
         raise TaskError(f"{static.signature}: the sizes seen now are not those the kernel was looked up for")
-    for value, _ in values:
+    for value in [node.meta["val"] for node in (*region.inputs, *region.outputs)] + [value for value, _ in values]:
         tuple(map(int, value.shape))
 
 
@@ -127,15 +192,19 @@ def _describe(call: fx.Node, region: RegionTask, record: Record) -> None:
     Raises:
         TaskError: if an output of the graph has another dtype, shape or stride than the record's task says.
     """
-    values = [node.meta["val"] for node in region.outputs]
+    values = [region.value(node) for node in region.outputs]
     symbols = [node.meta["val"] for node in call.args[2]]  # type: ignore[union-attr]
     for spec, value in zip(record.task.outputs, values, strict=True):
         shape, stride = op.concrete_layout(record.task, spec, symbols)
         if not (_same(shape, value.shape) and _same(stride, value.stride()) and str(value.dtype) == f"torch.{spec.dtype}"):
             found = f"{value.dtype} {tuple(value.shape)} stride {tuple(value.stride())}"
             raise TaskError(f"{record.task.signature}: output {spec.name} is {found} in the graph, {spec} in the task")
-    call.meta["val"] = values
-    call.meta.update({name: region.outputs[0].meta[name] for name in _COPIED_META if name in region.outputs[0].meta})
+    call.meta |= {"val": values} | _tags(region)
+
+
+def _tags(region: RegionTask) -> dict[str, Any]:
+    meta = region.outputs[0].meta
+    return {name: meta[name] for name in _COPIED_META if name in meta}
 
 
 def _same(promised: Sequence[Any], found: Sequence[Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch_llmkernels.graph.calls import (
     unaliased,
 )
 from torch_llmkernels.graph.regions import Region
+from torch_llmkernels.graph.rows import Rows, rows_of
 from torch_llmkernels.graph.sizes import Sizes
 from torch_llmkernels.task import Node, Numerics, Task, TensorSpec, encode_literal
 
@@ -45,6 +46,7 @@ class RegionTask:
         inputs: The graph nodes of `task.inputs`, in their order; a node may occur twice.
         outputs: The graph nodes of `task.outputs`, in their order.
         symbols: For each of `task.symbols` a graph node that holds its value, or None if no node holds just that.
+        views: Inputs and outputs that the task sees in another shape than the graph -> their (fake) value in that shape.
     """
 
     task: Task
@@ -52,6 +54,11 @@ class RegionTask:
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     symbols: tuple[fx.Node | None, ...]
+    views: Mapping[fx.Node, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def value(self, node: fx.Node) -> torch.Tensor:
+        """The (fake) value of an input or output as the task sees it."""
+        return self.views.get(node, node.meta["val"])
 
 
 def task_of(region: Region, *, constant: Collection[fx.Node] = frozenset()) -> RegionTask:
@@ -65,10 +72,13 @@ def task_of(region: Region, *, constant: Collection[fx.Node] = frozenset()) -> R
         TaskError: if the region has no canonical encoding: an argument or a size expression outside of the task language.
     """
     nodes = [n for _, n in (*region.inputs, *region.outputs)] + list(region.nodes)
-    sizes = Sizes([n.meta["val"] for n in nodes if is_tensor(n)], [n.meta["val"] for _, n in region.inputs])
-    inputs = tuple(_spec(role, node, sizes) for role, node in region.inputs)
-    outputs = tuple(_spec(role, node, sizes) for role, node in region.outputs)
-    program = _Program(region, sizes)
+    rows = rows_of(region)
+    views = rows.values if rows else {}
+    values = {n: views.get(n, n.meta["val"]) for n in nodes if is_tensor(n)}
+    sizes = Sizes(list(values.values()), [values[n] for _, n in region.inputs])
+    inputs = tuple(_spec(role, values[node], sizes) for role, node in region.inputs)
+    outputs = tuple(_spec(role, values[node], sizes) for role, node in region.outputs)
+    program = _Program(region, sizes, rows)
     results = tuple(program.value(node) for _, node in region.outputs)
     task = Task(
         signature=region.signature,
@@ -83,11 +93,10 @@ def task_of(region: Region, *, constant: Collection[fx.Node] = frozenset()) -> R
         constant=tuple(role for role, node in region.inputs if node in constant),
     )
     tensors = [tuple(n for _, n in group) for group in (region.inputs, region.outputs)]
-    return RegionTask(task, region, *tensors, sizes.sources(region.nodes[0].graph))
+    return RegionTask(task, region, *tensors, sizes.sources(region.nodes[0].graph), views)
 
 
-def _spec(role: str, node: fx.Node, sizes: Sizes) -> TensorSpec:
-    value = node.meta["val"]
+def _spec(role: str, value: torch.Tensor, sizes: Sizes) -> TensorSpec:
     dtype = str(value.dtype).removeprefix("torch.")
     return TensorSpec(role, dtype, tuple(map(sizes.dim, value.shape)), tuple(map(sizes.dim, value.stride())))
 
@@ -95,10 +104,10 @@ def _spec(role: str, node: fx.Node, sizes: Sizes) -> TensorSpec:
 class _Program:
     """The calls in the order in which the outputs need them (depth first, arguments in schema order)."""
 
-    def __init__(self, region: Region, sizes: Sizes) -> None:
+    def __init__(self, region: Region, sizes: Sizes, rows: Rows | None) -> None:
         self.nodes: list[Node] = []
         self.params: dict[str, Any] = {}
-        self._region, self._sizes = region, sizes
+        self._region, self._sizes, self._rows = region, sizes, rows
         self._inside = set(region.nodes)
         self._names: dict[fx.Node, str] = {}
 
@@ -106,7 +115,7 @@ class _Program:
         """The name of a node's value in the program; the calls it needs are appended first."""
         if node in self._names:
             return self._names[node]
-        if is_identity(node):
+        if is_identity(node) or (self._rows and self._rows.is_dropped(node)):
             source = node.args[0]
             self._names[node] = self.value(source) if source in self._inside else self._operand(node, "self", source)
             return self._names[node]
@@ -140,6 +149,8 @@ class _Program:
             return None
         if name == "size":
             value = list(node.meta["val"].shape)  # -1 spelled out
+        if name == "dim" and self._rows:
+            value = self._rows.dim(node, value)
         encoded = [self._size(v) for v in value] if isinstance(value, (list, tuple)) else self._size(value)
         symbolic = isinstance(encoded, dict) or (isinstance(encoded, list) and any(isinstance(v, dict) for v in encoded))
         if symbolic or name in _INLINE:
