@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import fx
 
 from torch_llmkernels.errors import TaskError
-from torch_llmkernels.task import Node, Task, TensorSpec
+from torch_llmkernels.task import Node, Task, TensorSpec, parse_dim
 
 _SIZE_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
                    ast.Mod: operator.mod}  # fmt: skip
@@ -77,7 +78,7 @@ def _decoded(graph: fx.Graph, arg: Any, task: Task, values: Mapping[str, fx.Node
     if tag == "v":
         return values[content]
     if tag == "s":
-        return _size(graph, ast.parse(content, mode="eval").body, symbols)
+        return _size(graph, parse_dim(content).body, symbols)
     return _literal(tag, content, task)
 
 
@@ -104,7 +105,11 @@ def _size(graph: fx.Graph, tree: ast.expr, symbols: Mapping[str, fx.Node]) -> An
         return graph.call_function(_SIZE_OPERATORS[type(tree.op)], operands)
     if isinstance(tree, ast.UnaryOp):
         return graph.call_function(operator.neg, (_size(graph, tree.operand, symbols),))
-    raise TaskError(f"size {ast.unparse(tree)!r}: only + - * // % over ints and symbols is allowed")
+    if isinstance(tree, ast.Call):
+        pick = torch.sym_max if ast.unparse(tree.func) == "max" else torch.sym_min
+        values = [_size(graph, argument, symbols) for argument in tree.args]
+        return functools.reduce(lambda a, b: graph.call_function(pick, (a, b)), values)
+    raise TaskError(f"size {ast.unparse(tree)!r} is not one of a task")  # parse_dim refuses all others
 
 
 def python_source(task: Task) -> str:

@@ -8,6 +8,7 @@ normalises every call to its full schema before it builds one.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from torch_llmkernels.errors import SchemaError, TaskError
 SCHEMA = 1
 
 Dim = int | str
-"""A size or a stride: an int, or an integer expression over the task's symbols such as `"d0"` or `"64*d0"`."""
+"""A size or a stride: an int, or an integer expression over the task's symbols such as `"d0"`, `"64*d0"` or `"max(1,d0//2)"`."""
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 ITEMSIZE = {
@@ -259,7 +260,7 @@ def _substitute(arg: Any, symbols: Mapping[str, int]) -> Any:
 
 
 def evaluate_dim(dim: Dim, symbols: Mapping[str, int]) -> int:
-    """The value of a size or stride expression (`+ - * //` over ints and symbols).
+    """The value of a size or stride expression (`+ - * // %`, `min` and `max` over ints and symbols).
 
     Raises:
         TaskError: for anything else.
@@ -268,25 +269,36 @@ def evaluate_dim(dim: Dim, symbols: Mapping[str, int]) -> int:
         return dim
     code = _compiled_dim(dim)
     try:
-        return int(eval(code, {"__builtins__": {}}, dict(symbols)))  # the tree was checked node by node
+        return int(eval(code, {"__builtins__": {}, "min": min, "max": max}, dict(symbols)))  # the tree was checked node by node
     except NameError as error:
         raise TaskError(f"size {dim!r}: {error}") from None
 
 
 @functools.lru_cache(maxsize=4096)
 def _compiled_dim(dim: str) -> Any:
-    import ast
+    return compile(parse_dim(dim), "<size>", "eval")
 
-    allowed = (ast.Expression, ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Name, ast.Load, ast.Constant,
-               ast.UnaryOp, ast.USub)  # fmt: skip
+
+_DIM_NODES = (ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Name, ast.Load, ast.Constant, ast.UnaryOp,
+              ast.USub, ast.Call)  # fmt: skip
+
+
+def parse_dim(dim: str) -> ast.Expression:
+    """The tree of a size or stride expression, every node checked.
+
+    Raises:
+        TaskError: for anything but `+ - * // %`, `min` and `max` over ints and symbols.
+    """
     try:
         tree = ast.parse(dim, mode="eval")
     except SyntaxError:
         raise TaskError(f"size {dim!r} is not an expression") from None
-    for node in ast.walk(tree):
-        if not isinstance(node, allowed) or (isinstance(node, ast.Constant) and type(node.value) is not int):
-            raise TaskError(f"size {dim!r}: only + - * // % over ints and symbols is allowed")
-    return compile(tree, "<size>", "eval")
+    for node in ast.walk(tree.body):
+        number = not isinstance(node, ast.Constant) or type(node.value) is int
+        call = not isinstance(node, ast.Call) or (ast.unparse(node.func) in ("min", "max") and node.args and not node.keywords)
+        if not (isinstance(node, _DIM_NODES) and number and call):
+            raise TaskError(f"size {dim!r}: only + - * // %, min and max over ints and symbols are allowed")
+    return tree
 
 
 def canonical_json(plain: Any) -> str:

@@ -17,7 +17,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
+from torch.utils._sympy.functions import Max, Min
 
 from torch_llmkernels import settings as settings_module
 from torch_llmkernels.errors import LaunchError, LLMKernelsError, NotApplicable, ToolchainMissing
@@ -89,9 +91,23 @@ def concrete_layout(task: Task, tensor: TensorSpec, symbols: Sequence[Any]) -> t
         if isinstance(size, int):
             return size
         evaluate_dim(size, hints)  # refuses everything but arithmetic over the task's symbols
-        return eval(size, {"__builtins__": {}}, values)
+        return eval(size, {"__builtins__": {}, "min": _smallest, "max": _largest}, values)
 
     return [dim(size) for size in tensor.shape], [dim(size) for size in tensor.stride]
+
+
+def _largest(*values: Any) -> Any:
+    """`max` of ints, SymInts or sympy expressions: Python's own would compare, which installs a guard."""
+    if any(isinstance(v, sympy.Expr) for v in values):
+        return Max(*values)
+    return functools.reduce(torch.sym_max, values)
+
+
+def _smallest(*values: Any) -> Any:
+    """`min`, likewise."""
+    if any(isinstance(v, sympy.Expr) for v in values):
+        return Min(*values)
+    return functools.reduce(torch.sym_min, values)
 
 
 class Slot:

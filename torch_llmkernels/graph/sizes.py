@@ -13,6 +13,8 @@ from torch_llmkernels.errors import TaskError
 from torch_llmkernels.graph.calls import size
 from torch_llmkernels.task import Dim
 
+_INFIX = {"FloorDiv": "//", "CleanDiv": "//", "Mod": "%", "PythonMod": "%"}
+
 
 class Sizes:
     """Names of the dynamic sizes of one region, given out in order of first use.
@@ -33,7 +35,8 @@ class Sizes:
             self._note(value)
         everything = {size(s) for s in symbolic}
         whole = [size(s) for v in inputs for s in v.shape if isinstance(s, torch.SymInt)]
-        self._whole = [e for e in dict.fromkeys(whole) if isinstance(e, sympy.Mul) and _only_as_factor(e, everything)]
+        products = [e for e in dict.fromkeys(whole) if isinstance(e, (sympy.Mul, sympy.Pow))]
+        self._whole = [e for e in products if _only_as_factor(e, everything)]
         self._stand_in = {e: sympy.Symbol(f"whole{i}", integer=True, positive=True) for i, e in enumerate(self._whole)}
 
     def _note(self, value: torch.SymInt) -> None:
@@ -49,7 +52,7 @@ class Sizes:
         """A size or stride as the task writes it.
 
         Raises:
-            TaskError: for an expression that is not made of sums, products, integer division and remainder.
+            TaskError: for an expression that is not made of sums, products, integer division, remainder, minimum and maximum.
         """
         expression = size(value)
         if isinstance(expression, int):
@@ -57,7 +60,44 @@ class Sizes:
         for whole, stand_in in self._stand_in.items():
             if whole.free_symbols & expression.free_symbols:
                 expression = sympy.cancel(expression / whole) * stand_in
-        return _printed(expression, self._name)
+        return self._printed(expression)
+
+    def _printed(self, expression: sympy.Expr) -> str:
+        """The expression in Python, the same text for equal expressions."""
+        kind = type(expression).__name__
+        if expression.is_Symbol:
+            return self._name(expression)
+        if expression.is_Integer:
+            return str(int(expression))
+        if expression.is_Mul:
+            return "*".join(map(self._operand, self._ordered(expression)))
+        if expression.is_Add:
+            operands = self._ordered(expression)
+            return "+".join(self._operand(e) for e in [*operands[operands[0].is_Integer :], *operands[: operands[0].is_Integer]])
+        if expression.is_Pow and expression.exp.is_Integer and expression.exp > 0:
+            return "*".join([self._operand(expression.base)] * int(expression.exp))
+        if kind in _INFIX:
+            a, b = map(self._operand, expression.args)
+            return f"({a}{_INFIX[kind]}{b})"
+        if kind == "ModularIndexing":
+            a, b, c = map(self._operand, expression.args)
+            return f"(({a}//{b})%{c})"
+        if kind in ("Max", "Min"):
+            return f"{kind.lower()}({','.join(map(self._printed, self._ordered(expression)))})"
+        raise TaskError(f"size {expression} ({kind}) is too complex for a task; the region stays with Inductor")
+
+    def _operand(self, expression: sympy.Expr) -> str:
+        text = self._printed(expression)
+        return f"({text})" if expression.is_Add or text.startswith("-") else text
+
+    def _ordered(self, expression: sympy.Expr) -> list[sympy.Expr]:
+        """The operands of a call that commutes: a number first, then by their text; torch's own names count only at first use."""
+
+        def rank(e: sympy.Expr) -> tuple[bool, int, bool, str]:
+            named = all(s in self._names for s in e.free_symbols)
+            return not e.is_Integer, len(e.free_symbols), not named, self._printed(e) if named else str(e)
+
+        return sorted(expression.args, key=rank)
 
     def _name(self, symbol: sympy.Expr) -> str:
         if symbol not in self._names:
@@ -83,14 +123,14 @@ class Sizes:
         held: dict[sympy.Expr, fx.Node] = {}
         for node in graph.nodes if self._names else ():
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr not in held and _is_from_placeholders(node):
+            if isinstance(value, torch.SymInt) and value.node.expr not in held and is_from_placeholders(node):
                 held[value.node.expr] = node
         return tuple(held.get(self._meaning(s)) for s in self._names)
 
 
-def _is_from_placeholders(node: fx.Node) -> bool:
+def is_from_placeholders(node: fx.Node) -> bool:
     """Whether a size is known before anything is computed: one read off a tensor of the region would close a cycle."""
-    return node.op == "placeholder" or (bool(node.all_input_nodes) and all(map(_is_from_placeholders, node.all_input_nodes)))
+    return node.op == "placeholder" or (bool(node.all_input_nodes) and all(map(is_from_placeholders, node.all_input_nodes)))
 
 
 def _known_values(shape_env: Any) -> dict[sympy.Symbol, Any]:
@@ -103,32 +143,3 @@ def _only_as_factor(whole: sympy.Expr, everything: Iterable[Any]) -> bool:
     mine = whole.free_symbols
     others = [e for e in everything if not isinstance(e, int) and e.free_symbols & mine]
     return all(not (sympy.cancel(e / whole).free_symbols & mine) for e in others)
-
-
-def _printed(expression: sympy.Expr, name: Any) -> str:
-    """The expression in Python, the same text for equal expressions (operands are ordered by their own text)."""
-    kind = type(expression).__name__
-    if expression.is_Symbol:
-        return name(expression)
-    if expression.is_Integer:
-        return str(int(expression))
-    if expression.is_Mul or expression.is_Add:
-        return _printed_operands(expression, name)
-    if expression.is_Pow and expression.exp.is_Integer and expression.exp > 0:
-        return "*".join([_operand(expression.base, name)] * int(expression.exp))
-    if kind in ("FloorDiv", "CleanDiv") or kind in ("Mod", "PythonMod"):
-        a, b = (_operand(e, name) for e in expression.args)
-        return f"({a}{'//' if kind in ('FloorDiv', 'CleanDiv') else '%'}{b})"
-    raise TaskError(f"size {expression} ({kind}) is too complex for a task; the region stays with Inductor")
-
-
-def _printed_operands(expression: sympy.Expr, name: Any) -> str:
-    ordered = sorted(expression.args, key=lambda e: (not e.is_Integer, len(e.free_symbols), str(e)))
-    if expression.is_Mul:
-        return "*".join(_operand(e, name) for e in ordered)
-    return "+".join(_operand(e, name) for e in [*[e for e in ordered if not e.is_Integer], *[e for e in ordered if e.is_Integer]])
-
-
-def _operand(expression: sympy.Expr, name: Any) -> str:
-    text = _printed(expression, name)
-    return f"({text})" if expression.is_Add or text.startswith("-") else text
