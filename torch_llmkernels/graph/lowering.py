@@ -2,6 +2,7 @@
 
 Outputs and workspaces are ordinary Inductor buffers, planned and reused like all others; the generated Python wrapper calls the
 slot directly, `llmk_softmax_1f2e(buf0, buf1, arg0, s0)`, without the dispatcher. A C++ wrapper calls `llmk::region_out` instead.
+An AOTInductor package is to run without Python, where neither exists: there the operator is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch._inductor.lowering import empty_strided, register_lowering
 from torch._inductor.virtualized import V
 from torch.utils._ordered_set import OrderedSet
 
+from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.graph import op
 from torch_llmkernels.task import digest
 
@@ -77,7 +79,16 @@ def _exact(value: Any, meta: torch.Tensor) -> Any:
 
 @register_lowering(op.region_op(), type_promotion_kind=None)
 def lower_region(spec: str, ins: Sequence[Any], syms: Sequence[Any]) -> list[Any]:
-    """The lowering of `llmk::region`; outputs have exactly the strides that the graph promises."""
+    """The lowering of `llmk::region`; outputs have exactly the strides that the graph promises.
+
+    Raises:
+        LLMKernelsError: in an AOTInductor compilation.
+    """
+    if V.graph.aot_mode:
+        raise LLMKernelsError(
+            f"{op.decode_spec(spec).label}: an AOTInductor package runs without Python, and a swapped region needs it; export "
+            "the model itself, without swaps (torch.export.export of the uncompiled model)"
+        )
     node = V.graph.current_node
     values = node.meta["val"]
     inputs = [_exact(value, arg.meta["val"]) for value, arg in zip(ins, node.args[1], strict=True)]
