@@ -181,3 +181,9 @@ args = ["x", "weight", "bias", "y", "rows", "cols"]
 ---*/
 extern "C" void ln(const T_x* x, const T_weight* weight, const T_bias* bias, T_y* y, int64_t rows, int64_t cols) {}
 """
+
+
+def test_an_absent_optional_tensor_counts_as_contiguous() -> None:
+    without, needs = tasks.layer_norm_task(device="cuda", bias=False), kernel('"cols <= 4096"', '"bias.contiguous"')
+    assert launch.environment(needs, without, {"THREADS": 128}, FACTS)["bias.contiguous"] == 1
+    assert needs.why_not(without) is None

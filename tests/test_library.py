@@ -153,3 +153,11 @@ def test_default_library_is_the_checkouts(tmp_path: Path) -> None:
     assert default_library(Settings(library_dir=str(tmp_path))).root == tmp_path
     with pytest.raises(SettingsError, match="not a directory"):
         default_library(Settings(library_dir=str(tmp_path / "nowhere")))
+
+
+def test_one_file_serves_every_signature_that_it_lists(library: Library) -> None:
+    text = KERNEL.replace('implements = "layer_norm"', 'implements = ["layer_norm", "layer_norm.relu"]')
+    write(library, "layer_norm/both.cpp", text)
+    assert text != KERNEL and library.signatures() == ["layer_norm", "layer_norm.relu"]
+    assert [kernel.name for kernel in library.kernels("layer_norm.relu", "cpu")] == ["both"]
+    assert library.kernels("softmax", "cpu") == ()

@@ -82,6 +82,7 @@ def _base_environment(
     present = {t.name for t in tensors}
     names = _parameters(task)
     names.update((f"HAS_{name.upper()}", int(name in present)) for name in kernel.optional)
+    names.update((f"{name}.contiguous", 1) for name in kernel.optional)  # so that `where` can demand it of those that are present
     names.update(stage_positions(kernel, task))
     names.update(constants)
     for spec in tensors:

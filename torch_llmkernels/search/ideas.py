@@ -20,7 +20,7 @@ FAMILIES: tuple[str, ...] = (
 """The families an idea belongs to, as found in published searches: one word list for prompts, reports and statistics."""
 
 OTHER = "other"
-MAX_TEXT = 1200  # characters of one field; the rest of a model's essay would only crowd later prompts
+MAX_TEXT = 3000  # characters of one field; the rest of a model's essay would only crowd later prompts
 
 
 @dataclasses.dataclass(frozen=True)
