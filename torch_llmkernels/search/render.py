@@ -147,7 +147,7 @@ def notes_section(goal: Goal) -> str:
     """What the person who started the search added, as data; empty if nothing."""
     if not goal.notes:
         return ""
-    return f"\n\nNotes of the person who started this search (what else the kernel should serve, what is known):\n{fence(goal.notes)}"
+    return f"\n\nNotes of the person who started this search (what else to serve, what is known):\n{fence(goal.notes)}"
 
 
 def _tensor_row(spec: TensorSpec, role: str, constant: bool) -> str:
