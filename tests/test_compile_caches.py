@@ -10,55 +10,67 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 TESTS = Path(__file__).resolve().parent
+
+
+class Model(nn.Module):
+    """Layer norm and softmax over [rows, width]; not in a function, where `caching_precompile` could not name it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.norm(x), -1)
 
 
 def compile_and_train(scenario: str) -> dict[str, Any]:
     """Compile and train a small model in this process; what the caches and the kernels did.
 
     Args:
-        scenario: `inductor`, or which kernels the library has: `all`, `none`, or `other` (another source for each).
+        scenario: `inductor`, or which kernels the library has: `all`, `none`, or `other` (another source for each), or
+            `precompiled`: all, with Dynamo's own cache on. `@24` after it makes another model, of that width.
     """
     import swapping
-    import torch
-    from torch import nn
     from torch._dynamo.utils import counters
 
     from torch_llmkernels import backend
     from torch_llmkernels.evaluation import Decision
     from torch_llmkernels.graph import op
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(16)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.softmax(self.norm(x), -1)
+    scenario, _, at = scenario.partition("@")
+    width = int(at or 16)
 
     def other(tasks, settings):
         return [Decision(swapping.record_of(task, "another source"), "swapped: it is a test") for task in tasks]
 
     kernels = swapping.Kernels()
     op.build_launcher = kernels.build
-    backend.resolve = {"all": swapping.swap_all, "none": swapping.swap_none, "other": other}.get(scenario)
+    decisions = {"all": swapping.swap_all, "none": swapping.swap_none, "other": other, "precompiled": swapping.swap_all}
+    backend.resolve = decisions.get(scenario)
+    torch._dynamo.config.caching_precompile = scenario == "precompiled"
     traces: list[int] = []
     discover = backend.discover
     backend.discover = lambda *args: traces.append(1) or discover(*args)
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    model, x = Model(), torch.randn(4, 16, requires_grad=True)
+    model, x = Model(width), torch.randn(4, width, requires_grad=True)
     y = torch.compile(model, backend="inductor" if scenario == "inductor" else backend.llmkernels)(x)
     y.square().sum().backward()
     expected = model(x.detach())
     assert torch.allclose(y, expected, atol=1e-6)
+    if scenario == "precompiled":
+        torch.compiler.save_cache_artifacts()
     aot, inductor = counters["aot_autograd"], counters["inductor"]
     return {
         "calls": kernels.calls.total(), "traces": len(traces), "aot_hits": aot["autograd_cache_hit"],
         "aot_misses": aot["autograd_cache_miss"], "fx_hits": inductor["fxgraph_cache_hit"],
         "bypassed": aot["autograd_cache_bypass"] + inductor["fxgraph_cache_bypass"],
+        "dynamo_hits": counters["dynamo_cache"]["dynamo_cache_hit"],
     }  # fmt: skip
 
 
@@ -107,8 +119,14 @@ def test_the_structured_trace_holds_the_regions(folder: Path, first: tuple[dict[
 
 @pytest.fixture(scope="module")
 def second(folder: Path, first: Any) -> list[dict[str, Any]]:
-    """A warm process: the same again, then another library, plain Inductor, and an empty library."""
-    return in_a_process(folder, "all", "other", "inductor", "none")[0]
+    """A warm process: the same again, then another library, plain Inductor, an empty library, and a model new to all of them."""
+    return in_a_process(folder, "all", "other", "inductor", "none", "none@24", "precompiled@32")[0]
+
+
+@pytest.fixture(scope="module")
+def third(folder: Path, second: Any) -> list[dict[str, Any]]:
+    """A process that finds what an empty library left, and has a full one; then a model that was precompiled."""
+    return in_a_process(folder, "all@24", "precompiled@32")[0]
 
 
 def test_a_warm_process_hits_with_the_swaps_alive(second: list[dict[str, Any]]) -> None:
@@ -131,6 +149,18 @@ def test_graphs_without_swaps_share_the_entries_of_inductor(second: list[dict[st
     """And an emptied library does not bring the swapped graph back."""
     unswapped = second[3]
     assert unswapped["aot_hits"] == 1 and unswapped["calls"] == 0 and unswapped["traces"] == 0
+
+
+def test_a_library_that_is_filled_later_is_used(second: list[dict[str, Any]], third: list[dict[str, Any]]) -> None:
+    """The unswapped graph is in torch's caches, and must not be what comes out of them."""
+    assert second[4]["calls"] == 0 and third[0]["calls"] == 4 and third[0]["aot_hits"] == 0
+
+
+def test_a_precompiled_model_runs_swapped_without_the_backend(second: list[dict[str, Any]], third: list[dict[str, Any]]) -> None:
+    """With `caching_precompile` a hit never calls the backend: the generated code brings its kernels along."""
+    cold, warm = second[5], third[1]
+    assert cold["calls"] == 4 and cold["dynamo_hits"] == 0
+    assert warm["calls"] == 4 and warm["dynamo_hits"] == 1 and warm["traces"] == 0
 
 
 def test_importing_the_package_is_light() -> None:
