@@ -71,7 +71,7 @@ class Library:
         return sorted({signature for kernel in found if kernel is not None for signature in kernel.implements})
 
     def kernels(self, signature: str, target: str) -> tuple[Kernel, ...]:
-        """The kernels of `signature` for `target` (`cuda` or `cpu`): its own folder first, then those of others that serve it too.
+        """The kernels of `signature` for `target` (`cuda` or `cpu`): its own folder first, then what others serve it too.
 
         Raises:
             KernelSourceError: with `strict`, for a file that does not parse.

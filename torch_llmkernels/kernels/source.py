@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 400_000
 _OPEN, _CLOSE = "/*---", "---*/"
 _TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize|contiguous)\Z")
-_DEVICE = ("device.sms", "device.smem_per_block", "device.threads")
+_DEVICE = ("device.arch", "device.sms", "device.smem_per_block", "device.threads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +285,10 @@ def _check_expression(kernel: Kernel, where: str, expression: Expression, known:
         elif name.upper() == name and not name.startswith("_"):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            problem = f"'{name}' is neither a tunable, HAS_<an optional tensor> nor OP_<a stage that it implements> (known: {', '.join(sorted(known))}){hint}"
+            problem = (
+                f"'{name}' is neither a tunable, HAS_<an optional tensor> nor OP_<a stage that it implements> "
+                f"(known: {', '.join(sorted(known))}){hint}"
+            )
         else:
             continue
         raise KernelSourceError(f"{where}: in {expression.text!r}, {problem}")
