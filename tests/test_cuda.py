@@ -13,7 +13,7 @@ import torch
 
 from tests import tasks
 from torch_llmkernels.errors import CompileError, LaunchError, NotApplicable, ToolchainMissing
-from torch_llmkernels.evaluation import Resources
+from torch_llmkernels.evaluation import KernelResources, Resources
 from torch_llmkernels.kernels import cuda_launcher, nvrtc
 from torch_llmkernels.kernels.cuda_launcher import CudaLauncher
 from torch_llmkernels.kernels.device import facts_for_arch
@@ -53,6 +53,29 @@ def test_a_kernel_with_tma_mbarrier_wgmma_and_a_cluster_compiles() -> None:
     assert kernel("tma_wgmma").why_not(task) is None
     found = CUDA.compile(kernel("tma_wgmma"), task, {}, H100).resources
     assert found.registers is not None and 64 < found.registers <= 128 and found.spill_bytes == 0
+    (one,) = found.kernels
+    assert (one.registers, one.spill_bytes, one.occupancy) == (found.registers, 0, None) and found.warnings == ()
+
+
+def test_every_function_has_its_resources_and_warnings_come_once() -> None:
+    log = '''ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'two'
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'two'
+k.cu(12): warning #177-D: variable "a" was declared but never referenced
+ptxas info    : 16 bytes gmem
+ptxas info    : Compiling entry function 'two' for 'sm_90a'
+ptxas info    : Function properties for two
+ptxas         .     112 bytes stack frame, 96 bytes spill stores, 100 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 112 bytes cumulative stack size, 48 bytes smem
+ptxas info    : Function properties for _Z5helper
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Compiling entry function 'one' for 'sm_90a'
+ptxas info    : Function properties for one
+ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 41 registers, used 1 barriers
+'''
+    assert nvrtc.kernel_table(log) == (KernelResources("one", 41), KernelResources("two", 168, 112, 196, 48))
+    serialised, unused = nvrtc.warnings_of(log)
+    assert "serialized" in serialised and "never referenced" in unused
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100a"])

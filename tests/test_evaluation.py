@@ -10,10 +10,11 @@ import pytest
 from tests import tasks
 from tests.records import decision_for, evaluation, record_for
 from torch_llmkernels.errors import SchemaError
-from torch_llmkernels.evaluation import Decision, ErrorStat, Evaluation, Record, Resources, Status
+from torch_llmkernels.evaluation import Decision, ErrorStat, Evaluation, KernelResources, Record, Resources, Status
 
 TASK = tasks.layer_norm_task()
 GOOD = ErrorStat("y", "normal", 1e-7, 1e-7, 1e-7, 1e-7, 1e-6, 1e-6, True)
+RESOURCES = Resources(registers=32, kernels=(KernelResources("add", 32, occupancy=0.5),), warnings=("unused variable",))
 BAD = dataclasses.replace(GOOD, passed=False)
 
 
@@ -59,8 +60,9 @@ def test_only_two_statuses_are_correct() -> None:
 @pytest.mark.parametrize("status", list(Status))
 def test_evaluations_round_trip_through_json_text(status: Status) -> None:
     before = dataclasses.replace(
-        evaluation(status), constants=(("UNROLL", 4),), resources=Resources(registers=32), environment=(("torch", "2.13.0"),)
-    )
+        evaluation(status), constants=(("UNROLL", 4),), resources=RESOURCES, counters=("add: time 3 us",),
+        environment=(("torch", "2.13.0"),),
+    )  # fmt: skip
     assert Evaluation.from_json(json.loads(json.dumps(before.to_json()))) == before
 
 

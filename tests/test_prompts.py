@@ -12,13 +12,14 @@ import tasks
 from scripted_search import FACTS, ScriptedModel, ScriptedPool, code_reply, goal, ideas_reply, kernel, open_engine
 
 from torch_llmkernels.errors import ProviderError, ToolchainMissing
+from torch_llmkernels.evaluation import KernelResources, Resources
 from torch_llmkernels.kernels import header
 from torch_llmkernels.kernels.device import facts_for_arch
 from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.search import render
-from torch_llmkernels.search.candidates import parse_source
 from torch_llmkernels.search.budget import SearchSettings
+from torch_llmkernels.search.candidates import parse_source
 from torch_llmkernels.search.ideas import FAMILIES, Idea, parse_ideas
 from torch_llmkernels.search.run import Goal
 from torch_llmkernels.search.tree import IdeaNode, Tree
@@ -68,6 +69,27 @@ class TestWhatTheModelIsTold:
     def test_the_rate_that_the_floor_rests_on(self, bound: str, rate: float, words: str) -> None:
         floor = {**FLOOR, "bound": bound, "ms": FLOOR[bound] / rate * 1e3}
         assert words in render.floor_section(h100(floor=floor), Tree(SearchSettings()))
+
+    def test_what_compiler_and_profiler_say_of_each_kernel_of_a_seed(self, tmp_path: Path) -> None:
+        engine = open_engine(tmp_path, model=ScriptedModel(lambda r, s: ideas_reply("a") if r == "ideas" else code_reply("1.0")),
+                             pool=ScriptedPool())  # fmt: skip
+        engine.drive()
+        (seed, *_) = engine.tree.seeds()
+        table = (KernelResources("product", 168, 8, 96, 48, 197632, 0.1875), KernelResources("prepare", 41))
+        found = Resources(registers=168, kernels=table, warnings=("wgmma.mma_async instructions are serialized",))
+        lines = ("product: time 612.4 us, multiprocessors busy 71%",)
+        seed.evaluations["quick"] = dataclasses.replace(seed.evaluation, resources=found, counters=lines)
+        text = render.seed_section(engine.tree, seed)
+        assert "`product`: 168 registers, spilled 96 bytes, stack 8 bytes, static shared memory 48 bytes, dynamic 197632" in text
+        assert "occupancy 19%" in text and "`prepare`: 41 registers" in text and "not launched" in text
+        assert "compiler warning: wgmma.mma_async" in text and "profiler: product: time 612.4 us" in text
+
+    def test_the_history_gives_a_mechanism_in_full(self, tmp_path: Path) -> None:
+        long = "tile by rows " + "and then again " * 80 + "to the end"
+        model = ScriptedModel(lambda r, s: ideas_reply(long) if r == "ideas" else code_reply("1.0"))
+        engine = open_engine(tmp_path, model=model, pool=ScriptedPool())
+        engine.drive()
+        assert long in render.history_section(engine.tree, 2)
 
     def test_a_cache_is_worth_a_line_only_if_it_is_faster_than_memory(self) -> None:
         assert "stays in cache" not in render.device_section(goal(ceilings=CEILINGS))

@@ -60,6 +60,29 @@ class ErrorStat:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelResources:
+    """What the compiler and the driver report of one `__global__` function; None where the driver was not asked.
+
+    Attributes:
+        name: Of the function.
+        registers: Per thread.
+        local_bytes: Stack frame per thread, in local memory.
+        spill_bytes: Stored to and loaded from local memory because registers ran out.
+        static_smem_bytes: Static shared memory per block.
+        dynamic_smem_bytes: Dynamic shared memory per block, the largest of its launches.
+        occupancy: Resident warps over the device's maximum, 0 to 1, the smallest of its launches.
+    """
+
+    name: str
+    registers: int
+    local_bytes: int = 0
+    spill_bytes: int = 0
+    static_smem_bytes: int = 0
+    dynamic_smem_bytes: int | None = None
+    occupancy: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Resources:
     """What the compiler and the driver report; None where the target has no such number.
 
@@ -70,6 +93,8 @@ class Resources:
         dynamic_smem_bytes: Dynamic shared memory per block.
         occupancy: Resident warps over the device's maximum, 0 to 1.
         binary_bytes: Size of the cubin or shared object.
+        kernels: The same for each `__global__` function of the file; empty for other targets and in records without it.
+        warnings: What the compiler warned of, one line each.
     """
 
     registers: int | None = None
@@ -78,6 +103,18 @@ class Resources:
     dynamic_smem_bytes: int | None = None
     occupancy: float | None = None
     binary_bytes: int | None = None
+    kernels: tuple[KernelResources, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Resources:
+        """The resources that `dataclasses.asdict` wrote.
+
+        Raises:
+            TypeError, ValueError: for unknown fields.
+        """
+        kernels = tuple(KernelResources(**k) for k in plain.get("kernels", ()))
+        return cls(**{**plain, "kernels": kernels, "warnings": tuple(plain.get("warnings", ()))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +132,7 @@ class Evaluation:
         ratios: Each baseline's time over the kernel's, median over the turns in which both ran; empty in records without it.
         floor_ms: The roofline floor on this device; 0 if unknown.
         resources: What the compiler reports.
+        counters: What the profiler counted, a line per launch, or a line that says why it did not; empty if it was not asked.
         tier: `quick` or `full`.
         environment: Versions, device name and flags the numbers hold for.
         seconds: What the evaluation itself took.
@@ -110,6 +148,7 @@ class Evaluation:
     ratios: tuple[tuple[str, float], ...] = ()
     floor_ms: float = 0.0
     resources: Resources = Resources()
+    counters: tuple[str, ...] = ()
     tier: str = "quick"
     environment: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
@@ -161,7 +200,8 @@ class Evaluation:
             values = dict(plain)
             values["status"] = Status(values["status"])
             values["errors"] = tuple(ErrorStat(**e) for e in values["errors"])
-            values["resources"] = Resources(**values["resources"])
+            values["resources"] = Resources.from_json(values["resources"])
+            values["counters"] = tuple(values.get("counters", ()))
             values.setdefault("ratios", {})  # not in records of earlier releases
             for name in ("constants", "baselines_ms", "ratios", "environment"):
                 values[name] = tuple(values[name].items())

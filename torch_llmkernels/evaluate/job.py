@@ -23,6 +23,7 @@ class Job:
         timed: Whether to time it beside its baselines.
         seed: Of the data.
         device_index: Which device.
+        profiled: Whether to read the device's counters of a kernel that is not far behind its baselines.
     """
 
     task: Task
@@ -33,6 +34,7 @@ class Job:
     timed: bool = True
     seed: int = 0
     device_index: int = 0
+    profiled: bool = False
 
     def __post_init__(self) -> None:
         if self.tier not in ("quick", "full"):

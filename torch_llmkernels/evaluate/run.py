@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MOST_TUNINGS = 32
 """Combinations of constants that one evaluation tries, spread evenly over all of them."""
 LOG_LINES = 40
+WORTH_PROFILING = 0.5
+"""Speed relative to the best baseline from which the seconds that counters take are spent."""
 
 Progress = Callable[[str], None]
 
@@ -138,7 +140,7 @@ class _Evaluator:
             self._check(made, "again", self.job.seed + 1)
         return self._evaluation(
             Status.TIMED, errors=errors, time_ms=times.kernel_ms, spread=times.spread, baselines_ms=times.baselines_ms,
-            ratios=times.ratios,
+            ratios=times.ratios, counters=self._count(made, times),
         )  # fmt: skip
 
     def _choose(self, kernel: Kernel, device: Device) -> Candidate:
@@ -234,6 +236,16 @@ class _Evaluator:
             moving = f"{floor.impossible_ms:.4g} ms to move {floor.bytes} bytes and do {floor.flops} operations"
             raise _Rejected((), f"{times.kernel_ms:.4g} ms is below what the device can do ({moving}): work was skipped")
         return times
+
+    def _count(self, made: Candidate, times: Times) -> tuple[str, ...]:
+        """What the profiler counts of a CUDA kernel that may become a seed."""
+        speedup = min((ratio for _, ratio in times.ratios), default=0.0)
+        if not self.job.profiled or self.task.device != "cuda" or speedup < WORTH_PROFILING:
+            return ()
+        from torch_llmkernels.evaluate import ncu
+
+        self._progress("reading counters")
+        return ncu.profile(dataclasses.replace(self.job, constants=made.constants))
 
     def _floor(self, device: Device) -> Floor:
         """The roofline floor by the ceilings measured until now; the evaluation keeps its time."""

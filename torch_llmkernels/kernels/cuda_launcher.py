@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.errors import LaunchError, NotApplicable, ToolchainMissing
-from torch_llmkernels.evaluation import Resources
+from torch_llmkernels.evaluation import KernelResources, Resources
 from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.plan import Argument, LaunchPlan, MapPlan, Plan, plan_launches
 from torch_llmkernels.kernels.targets import Binary
@@ -304,7 +304,16 @@ class CudaLauncher:
             static_smem_bytes=max(device.attribute("SHARED_SIZE_BYTES", s.kernel) for s in steps),
             dynamic_smem_bytes=max(s.smem for s in steps),
             occupancy=min(device.occupancy(s, self._facts) for s in steps),
+            kernels=tuple(self._launched(k, bound) for k in self.resources.kernels),
         )
+
+    def _launched(self, reported: KernelResources, bound: _Bound) -> KernelResources:
+        """One function's report completed by what its launches ask for."""
+        steps = [s for s in (*bound.plan.prepare, *bound.plan.launches) if s.kernel == reported.name]
+        if not steps:
+            return reported
+        occupancy = min(bound.device.occupancy(s, self._facts) for s in steps)
+        return dataclasses.replace(reported, dynamic_smem_bytes=max(s.smem for s in steps), occupancy=occupancy)
 
     def _plan(self, index: int, values: tuple[int, ...]) -> _Bound:
         """The plan for these symbol values on a loaded device."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from torch_llmkernels.errors import CompileError, ToolchainMissing
-from torch_llmkernels.evaluation import Resources
+from torch_llmkernels.errors import CompileError, NotApplicable, ToolchainMissing
+from torch_llmkernels.evaluation import KernelResources, Resources
 from torch_llmkernels.kernels import launch
 from torch_llmkernels.kernels.elf import read_shared_object
 
@@ -84,10 +84,13 @@ def compile_cubin(kernel: Kernel, macros: Mapping[str, str], arch: str) -> tuple
 
     Raises:
         CompileError: with the compiler's log; its line numbers are those of the kernel file.
+        NotApplicable: if the source uses what `arch` does not have (wgmma, TMA, clusters, ...).
         ToolchainMissing: without NVRTC or the headers.
     """
     source = launch.assemble(prelude(), "prelude.cuh", macros, kernel, ".cu")
     code, log = _compile(source, f"{kernel.name}.cu", [f"-arch={arch}", f"-I{include_directory()}", *FLAGS])
+    if code is None and (lacking := lacking_feature(log)):
+        raise NotApplicable(f"{kernel.name}: written for another architecture than {arch}: {lacking}")
     if code is None:
         raise CompileError(f"{kernel.name}: {_first_error(log)}", log[:_LOG_LIMIT])
     check_stateless(code, kernel.name)
@@ -118,6 +121,38 @@ def _read(program: object, size_of: object, read: object) -> bytes:
     return buffer
 
 
+_PTXAS_LACKS = re.compile(r"error\s*: (.*(?:not supported on \.target|requires \.target|cannot be compiled for arch).*)")
+_UNDEFINED = re.compile(r'error: identifier "(\w+)" is undefined')
+
+
+def lacking_feature(log: str) -> str:
+    """What a source uses that the architecture does not have, in one line, by the log of a failed compilation; else empty.
+
+    That is an instruction that ptxas refuses for this target, or a helper that the prelude defines for other ones only.
+    """
+    refused = _PTXAS_LACKS.search(log)
+    if refused:
+        return refused[1].strip()
+    helpers = guarded_helpers()
+    name = next((name for name in _UNDEFINED.findall(log) if name in helpers), "")
+    return f"{name} exists only where {helpers[name]}" if name else ""
+
+
+@functools.cache
+def guarded_helpers() -> Mapping[str, str]:
+    """The prelude's helpers that not every architecture has, and the condition under which they are defined."""
+    found: dict[str, str] = {}
+    condition = ""
+    for line in prelude().splitlines():
+        if line.startswith("#if"):
+            condition = line.removeprefix("#if ") if "__CUDA_ARCH" in line else condition
+        elif line.startswith("#endif"):
+            condition = ""
+        for name in re.findall(r"\b(\w+)\(", line) if condition and "__device__" in line else ():
+            found.setdefault(name, condition)
+    return found
+
+
 def _first_error(log: str) -> str:
     return next((line.strip() for line in log.splitlines() if "error" in line), log.strip()[:200] or "no message")
 
@@ -140,8 +175,38 @@ def resources_of(log: str, binary_bytes: int) -> Resources:
         return max((int(n) for n in re.findall(pattern, log)), default=0)
 
     return Resources(
+        kernels=kernel_table(log),
+        warnings=warnings_of(log),
         registers=largest(r"Used (\d+) registers"),
         spill_bytes=largest(r"(\d+) bytes stack frame"),
         static_smem_bytes=largest(r"(\d+) bytes smem"),
         binary_bytes=binary_bytes,
     )
+
+
+MOST_WARNINGS = 8
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def kernel_table(log: str) -> tuple[KernelResources, ...]:
+    """What `ptxas -v` reports of each `__global__` function, by name."""
+    found = []
+    for part in log.split("ptxas info    : Compiling entry")[1:]:
+        match = _ENTRY.search("Compiling entry" + part)
+        if match:
+            smem = re.search(r"(\d+) bytes smem", match["rest"])
+            found.append(KernelResources(
+                match["name"], int(match["registers"]), int(match["stack"]), int(match["stores"]) + int(match["loads"]),
+                int(smem[1]) if smem else 0,
+            ))  # fmt: skip
+    return tuple(sorted(found, key=lambda k: k.name))
+
+
+def warnings_of(log: str) -> tuple[str, ...]:
+    """Lines in which the compiler or ptxas warns, such as of serialised wgmma instructions; each once."""
+    lines = [" ".join(line.split()) for line in log.splitlines() if re.search(r"\bwarning\b|Performance Loss", line)]
+    return tuple(dict.fromkeys(line[:400] for line in lines))[:MOST_WARNINGS]

@@ -60,7 +60,7 @@ class Binary:
             plain = json.loads(head)
             if plain["schema"] != SCHEMA or plain["code"] != digest(code.hex()):
                 raise SchemaError("a stored binary is damaged or of another schema version; it will be compiled again")
-            return cls(code, Resources(**plain["resources"]), plain["key"])
+            return cls(code, Resources.from_json(plain["resources"]), plain["key"])
         except (ValueError, KeyError, TypeError) as error:
             raise SchemaError(f"a stored binary is damaged: {error!r}; it will be compiled again") from None
 

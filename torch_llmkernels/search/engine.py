@@ -185,7 +185,7 @@ class Engine:
         assert self.pool is not None
         constants = dict(candidate.evaluation.constants) if tier != "quick" and candidate.evaluation else None
         kind = "quick" if tier == CONFIRM else tier
-        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, timed=True)
+        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, profiled=tier == "quick")
         self.flights[self.pool.submit(job)] = (tier, candidate.id)
 
     def _evaluated(self, identity: str, tier: str, future: Future[Evaluation]) -> list[Event]:

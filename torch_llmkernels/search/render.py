@@ -11,7 +11,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from torch_llmkernels.evaluation import Evaluation
+from torch_llmkernels.evaluation import Evaluation, KernelResources
 from torch_llmkernels.search.ideas import FAMILIES
 from torch_llmkernels.search.run import Goal
 from torch_llmkernels.search.tree import Candidate, IdeaNode, Prompt, Tree, place
@@ -311,11 +311,14 @@ def measurements(evaluation: Evaluation) -> list[str]:
         lines.append(f"baselines beside it: {times}")
     if evaluation.constants:
         lines.append("tunables that won the sweep: " + ", ".join(f"{k}={v}" for k, v in evaluation.constants))
-    resources = {f: v for f, v in vars(evaluation.resources).items() if v is not None}
+    resources = {f: v for f, v in vars(evaluation.resources).items() if v is not None and f not in ("kernels", "warnings")}
     if resources:
         named = {_RESOURCES.get(k, k.replace("_", " ")): f"{v:.0%}" if k == "occupancy" else v for k, v in resources.items()}
         shown = ", ".join(f"{name} {value}" for name, value in named.items())
         lines.append(f"compiler and driver: {shown}")
+    lines += [f"kernel `{k.name}`: {_kernel_resources(k)}" for k in evaluation.resources.kernels]
+    lines += [f"compiler warning: {_one_line(text)}" for text in evaluation.resources.warnings]
+    lines += [f"profiler: {_one_line(text)}" for text in evaluation.counters]
     if evaluation.errors:
         worst = max(evaluation.errors, key=lambda e: e.frobenius / (e.frobenius_yardstick or 1.0))
         lines.append(f"largest error against float64: {worst.frobenius:.2e} (Frobenius, `{worst.output}`, {worst.distribution} "
@@ -323,6 +326,14 @@ def measurements(evaluation: Evaluation) -> list[str]:
     if evaluation.detail:
         lines.append(f"note: {_one_line(_clip(evaluation.detail, 1500))}")
     return lines
+
+
+def _kernel_resources(kernel: KernelResources) -> str:
+    parts = [f"{kernel.registers} registers", f"spilled {kernel.spill_bytes} bytes", f"stack {kernel.local_bytes} bytes",
+             f"static shared memory {kernel.static_smem_bytes} bytes"]  # fmt: skip
+    if kernel.dynamic_smem_bytes is not None:
+        parts.append(f"dynamic {kernel.dynamic_smem_bytes} bytes")
+    return ", ".join(parts + ([f"occupancy {kernel.occupancy:.0%}"] if kernel.occupancy is not None else ["not launched"]))
 
 
 def history_section(tree: Tree, number: int) -> str:
@@ -336,7 +347,7 @@ def history_section(tree: Tree, number: int) -> str:
         best = sorted(rows[: -MAX_HISTORY // 2], key=lambda row: row[2] or 0.0, reverse=True)[: MAX_HISTORY // 2]
         rows = [row for row in rows if row in best or row in rows[-MAX_HISTORY // 2 :]]
     lines = ["| round | family | idea | outcome |", "|---|---|---|---|"]
-    lines += [f"| {n.round} | {n.idea.family} | {_cell(n.idea.mechanism)} | {_cell(words)} |" for n, words, _ in rows]
+    lines += [f"| {n.round} | {n.idea.family} | {_cell(n.idea.mechanism, None)} | {_cell(words)} |" for n, words, _ in rows]
     best = tree.best(number - 1)
     if best is not None and best.evaluation is not None:
         lines += ["", f"Best so far: {best.time_ms:.4g} ms, {best.evaluation.speedup:.2f}x the best baseline."]
@@ -395,5 +406,5 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _cell(text: str) -> str:
-    return _one_line(text).replace("|", "\\|").replace("`", "'")[:400]
+def _cell(text: str, limit: int | None = 400) -> str:
+    return _one_line(text).replace("|", "\\|").replace("`", "'")[:limit]
