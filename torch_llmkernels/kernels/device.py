@@ -52,6 +52,12 @@ class DeviceFacts:
     driver: str
     unit: str
 
+    @property
+    def arch_number(self) -> int:
+        """What headers know as `device.arch`: 90 for `sm_90a`; 0 on the CPU."""
+        match = re.fullmatch(r"sm_(\d+)[a-z]?", self.arch)
+        return int(match[1]) if match else 0
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` reads it back."""
         return dataclasses.asdict(self)

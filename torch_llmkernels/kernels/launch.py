@@ -89,6 +89,7 @@ def _base_environment(
         names.update(_attributes(spec))
     if facts is not None:
         names.update({"device.sms": facts.sms, "device.smem_per_block": facts.smem_per_block, "device.threads": facts.threads})
+        names["device.arch"] = facts.arch_number
     return names
 
 

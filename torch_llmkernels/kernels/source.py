@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 400_000
 _OPEN, _CLOSE = "/*---", "---*/"
 _TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize|contiguous)\Z")
-_DEVICE = ("device.arch", "device.sms", "device.smem_per_block", "device.threads")
+_DEVICE = ("device.sms", "device.smem_per_block", "device.threads", "device.arch")
 
 
 @dataclasses.dataclass(frozen=True)
