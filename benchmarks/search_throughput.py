@@ -1,9 +1,10 @@
 """How many candidates a device takes in a minute: those of a recorded search, evaluated again in worker processes here.
 
-The first evaluation of a worker starts its process and compiles the baselines, so it is left out. Compilation is also timed by
-itself, over the same candidates and constants; what the rate would be if all of it ran beside the timing is the last column.
+The first evaluation of a worker starts its process and compiles the baselines, so it is left out. On a GPU the next candidates
+compile beside the timing of the current one; `--alone` measures without that. Compilation is also timed by itself, over the same
+candidates and constants: with `--alone`, the last column is what the rate would be if all of it ran beside the timing.
 
-    python benchmarks/search_throughput.py cache/journals/RUN [--devices 0,1] [--count 8] [--untimed]
+    python benchmarks/search_throughput.py cache/journals/RUN [--devices 0,1] [--count 8] [--alone] [--untimed]
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a search, recorded or not")
     parser.add_argument("--devices", default="0", help="indexes of the devices, separated by commas")
     parser.add_argument("--count", type=int, default=8, help="candidates to evaluate")
+    parser.add_argument("--alone", action="store_true", help="do not compile the next candidates beside the timing of one")
     parser.add_argument("--untimed", action="store_true", help="check only, as a machine would that shares its device")
     args = parser.parse_args()
     goal, tree = read_run(args.run)
@@ -79,7 +81,7 @@ def main() -> None:
     if not texts:
         raise SystemExit(f"{args.run} has no candidates")
     devices = [int(index) for index in args.devices.split(",")]
-    with LocalPool(devices) as pool:
+    with LocalPool(devices, compile_ahead=False if args.alone else None) as pool:
         warm = [pool.submit(Job(goal.task, text, timed=not args.untimed)) for text in different(texts, len(devices))]
         for future in warm:
             future.result()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tasks import layer_norm_task, relu_add_task, softmax_task
 
-from torch_llmkernels.errors import SchemaError
+from torch_llmkernels.errors import SchemaError, WorkerDied
 from torch_llmkernels.evaluate import sanitize, worker
 from torch_llmkernels.evaluate.candidate import spread
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.pool import LocalPool
-from torch_llmkernels.evaluate.run import log_head
+from torch_llmkernels.evaluate.run import compile_ahead, evaluate, log_head
 from torch_llmkernels.evaluate.worker import Worker, clean_environment
 from torch_llmkernels.evaluation import Status
+from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.settings import Settings
 
@@ -43,7 +46,7 @@ def test_credentials_stay_behind() -> None:
 
 @needs_compiler
 def test_a_pool_evaluates_and_chooses_constants() -> None:
-    with LocalPool(settings=Settings(worker_timeout_s=90.0)) as pool:
+    with LocalPool(settings=Settings(worker_timeout_s=90.0), compile_ahead=True) as pool:
         futures = [pool.submit(Job(layer_norm_task(8, 64), KERNEL, "layer_norm", timed=t)) for t in (False, True)]
         futures.append(pool.submit(Job(softmax_task(), "not a kernel")))
         untimed, timed, invalid = (f.result() for f in futures)
@@ -79,6 +82,61 @@ def test_closing_ends_the_child_and_a_later_job_starts_another() -> None:
         os.kill(child._process.pid, 0)
     assert made.evaluate(job).status is Status.INVALID
     made.close()
+
+
+def test_a_worker_that_somebody_terminated_is_no_crash_of_the_kernel() -> None:
+    job = Job(layer_norm_task(), "not a kernel")
+    with Worker(Settings()) as made:
+        assert made.evaluate(job).status is Status.INVALID
+        first = made._child
+        assert first is not None
+        os.kill(first._process.pid, signal.SIGTERM)
+        assert made.evaluate(job).status is Status.INVALID
+        assert made._child is not first
+
+
+def test_but_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doomed:
+        asked = 0
+
+        def __init__(self, settings: Settings) -> None: ...
+
+        def ask(self, job: Job) -> None:
+            Doomed.asked += 1
+            raise WorkerDied("the worker was killed by SIGTERM", terminated=True)
+
+        def kill(self) -> None: ...
+
+    monkeypatch.setattr(worker, "_Child", Doomed)
+    outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
+    assert outcome.status is Status.CRASHED and "SIGTERM" in outcome.detail and Doomed.asked == 2
+
+
+def test_a_child_that_hangs_ends_with_its_parent() -> None:
+    script = (
+        "import sys, threading, time\n"
+        "from torch_llmkernels.evaluate.worker import _end_with_parent\n"
+        "threading.Thread(target=_end_with_parent, args=(int(sys.argv[1]),), daemon=True).start()\n"
+        "time.sleep(600)\n"
+    )
+    theirs, ours = os.pipe()
+    child = subprocess.Popen([sys.executable, "-c", script, str(theirs)], pass_fds=(theirs,), start_new_session=True)
+    os.close(theirs)
+    os.close(ours)  # as when this process ends
+    assert child.wait(120) == -signal.SIGKILL
+
+
+@needs_compiler
+def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(layer_norm_task(8, 64), KERNEL, "layer_norm", timed=False, binaries=str(tmp_path))
+    compile_ahead(job)
+    assert len(list(tmp_path.iterdir())) == len(parse_kernel(KERNEL).tunings(job.task, target_for("cpu").facts()))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(type(target_for("cpu")), "compile", refuse)
+    assert evaluate(job).status is Status.CORRECT
 
 
 def test_a_compiler_s_log_is_cut_to_its_errors() -> None:

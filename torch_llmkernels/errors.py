@@ -96,7 +96,15 @@ class WorkerTimeout(WorkerError):
 
 
 class WorkerDied(WorkerError):
-    """The worker exited without an answer."""
+    """The worker exited without an answer.
+
+    Attributes:
+        terminated: Whether a signal ended it that asks a process to end, which comes from outside and not from a fault.
+    """
+
+    def __init__(self, message: str, terminated: bool = False) -> None:
+        super().__init__(message)
+        self.terminated = terminated
 
 
 class SearchError(LLMKernelsError):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.errors import CompileError, LaunchError, LLMKernelsError, NotApplicable, ToolchainMissing
@@ -55,21 +59,50 @@ def _spec(workspace: Any) -> TensorSpec:
     return TensorSpec(workspace.name, workspace.dtype, tuple(workspace.shape), tuple(reversed(strides)))
 
 
-def compile_all(kernel: Kernel, task: Task, combinations: list[dict[str, int]], device: Device) -> list[Candidate]:
+class Binaries:
+    """Compiled code in a folder, a file per key, for the processes of one pool: a `targets.BinaryStore`."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def binary(self, key: str) -> bytes | None:
+        """What `put_binary` kept, or None."""
+        path = self._folder / key
+        return path.read_bytes() if path.exists() else None
+
+    def put_binary(self, key: str, code: bytes) -> None:
+        """Keep it, all or nothing. A folder that its pool has removed keeps nothing."""
+        with contextlib.suppress(FileNotFoundError):
+            part = self._folder / f"{key}.{os.getpid()}.{threading.get_ident()}"
+            part.write_bytes(code)
+            part.replace(self._folder / key)
+
+
+def compile_each(
+    kernel: Kernel, task: Task, combinations: list[dict[str, int]], device: Device, store: Binaries | None = None
+) -> list[Binary | LLMKernelsError]:
+    """For each combination its binary, or why there is none; several compile at a time."""
+    from torch_llmkernels.kernels.targets import build
+
+    def compiled(constants: dict[str, int]) -> Binary | LLMKernelsError:
+        try:
+            return build(kernel, task, constants, device.target, device.facts, store)
+        except (CompileError, NotApplicable) as error:
+            return error
+
+    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        return list(pool.map(compiled, combinations))
+
+
+def compile_all(
+    kernel: Kernel, task: Task, combinations: list[dict[str, int]], device: Device, store: Binaries | None = None
+) -> list[Candidate]:
     """Every combination that compiles and loads, in order.
 
     Raises:
         CompileError, NotApplicable, LaunchError: of the first combination, if there is none.
     """
-
-    def compiled(constants: dict[str, int]) -> Binary | LLMKernelsError:
-        try:
-            return device.target.compile(kernel, task, constants, device.facts)
-        except (CompileError, NotApplicable) as error:
-            return error
-
-    with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-        results = list(pool.map(compiled, combinations))
+    results = compile_each(kernel, task, combinations, device, store)
     made: list[Candidate] = []
     first: LLMKernelsError | None = None
     for constants, binary in zip(combinations, results, strict=True):

@@ -23,6 +23,7 @@ class Job:
         timed: Whether to time it beside its baselines.
         seed: Of the data.
         device_index: Which device.
+        binaries: Folder of compiled code, looked in before compiling and added to after; empty: none.
         profiled: Whether to read the device's counters of a kernel that is not far behind its baselines.
     """
 
@@ -35,6 +36,7 @@ class Job:
     seed: int = 0
     device_index: int = 0
     profiled: bool = False
+    binaries: str = ""
 
     def __post_init__(self) -> None:
         if self.tier not in ("quick", "full"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -11,6 +13,9 @@ from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.worker import Worker
 from torch_llmkernels.evaluation import Evaluation
 from torch_llmkernels.settings import Settings, current
+
+MOST_COMPILERS = 4
+"""Processes that compile ahead; each compiles several constants at a time."""
 
 
 class Pool(Protocol):
@@ -35,39 +40,81 @@ class _Closing:
 
 
 class LocalPool(_Closing):
-    """One worker process per device of this machine.
+    """One worker process per device of this machine, and for GPUs as many that compile ahead.
 
     Two evaluations never share a device, and on the CPU, where all cores are one device, none run side by side: times would be
-    each other's noise.
+    each other's noise. A GPU is idle while its next candidate compiles, so that is done beside the timing of the current one; on
+    the CPU compiling would disturb it.
 
     Args:
         devices: Their indexes.
         settings: Default: those in force.
+        compile_ahead: Whether to compile beside the timing; default: for CUDA jobs.
     """
 
-    def __init__(self, devices: Sequence[int] = (0,), settings: Settings | None = None) -> None:
-        self._workers = [Worker(settings or current()) for _ in devices]
+    def __init__(
+        self, devices: Sequence[int] = (0,), settings: Settings | None = None, compile_ahead: bool | None = None
+    ) -> None:
+        chosen = settings or current()
+        self._workers = [Worker(chosen) for _ in devices]
+        self._compilers = [Worker(chosen) for _ in devices[:MOST_COMPILERS]]
         self._free: queue.SimpleQueue[tuple[int, Worker]] = queue.SimpleQueue()
         for pair in zip(devices, self._workers, strict=True):
             self._free.put(pair)
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for compiler in self._compilers:
+            self._idle.put(compiler)
+        self._devices, self._ahead = devices, compile_ahead
+        self._open: set[Future[Evaluation]] = set()
+        self._binaries = tempfile.TemporaryDirectory(prefix="llmk-", ignore_cleanup_errors=True)
         self._threads = ThreadPoolExecutor(len(self._workers), thread_name_prefix="llmkernels-pool")
+        self._compiling = ThreadPoolExecutor(len(self._compilers), thread_name_prefix="llmkernels-compile")
 
     def submit(self, job: Job) -> Future[Evaluation]:
         """See `Pool`; the job's `device_index` is replaced by that of the device it gets."""
-        return self._threads.submit(self._evaluate, job)
+        outcome: Future[Evaluation] = Future()
+        self._open.add(outcome)
+        outcome.add_done_callback(self._open.discard)
+        ahead = job.task.device == "cuda" if self._ahead is None else self._ahead
+        if ahead:
+            self._compiling.submit(self._compile, dataclasses.replace(job, binaries=self._binaries.name), outcome)
+        else:
+            self._threads.submit(self._evaluate, job, outcome)
+        return outcome
 
-    def _evaluate(self, job: Job) -> Evaluation:
+    def _compile(self, job: Job, outcome: Future[Evaluation]) -> None:
+        """Compile, then queue for a device. Whatever goes wrong here, the evaluation tries again and reports."""
+        compiler = self._idle.get()
+        try:
+            if not outcome.cancelled():
+                compiler.compile(job.on(self._devices[0]))
+        finally:
+            self._idle.put(compiler)
+            try:
+                self._threads.submit(self._evaluate, job, outcome)
+            except RuntimeError:  # the pool was closed meanwhile
+                outcome.cancel()
+
+    def _evaluate(self, job: Job, outcome: Future[Evaluation]) -> None:
+        if not outcome.set_running_or_notify_cancel():
+            return
         device, worker = self._free.get()
         try:
-            return worker.evaluate(job.on(device))
+            outcome.set_result(worker.evaluate(job.on(device)))
+        except BaseException as error:
+            outcome.set_exception(error)
         finally:
             self._free.put((device, worker))
 
     def close(self) -> None:
         """See `Pool`."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
+        for threads in (self._compiling, self._threads):
+            threads.shutdown(wait=False, cancel_futures=True)
+        for outcome in list(self._open):
+            outcome.cancel()
+        for worker in (*self._workers, *self._compilers):
             worker.close()
+        self._binaries.cleanup()
 
 
 class RayPool(_Closing):

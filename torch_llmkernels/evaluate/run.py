@@ -19,7 +19,7 @@ from torch_llmkernels.errors import (
     NotApplicable,
     ToolchainMissing,
 )
-from torch_llmkernels.evaluate.candidate import Candidate, Device, compile_all, spread
+from torch_llmkernels.evaluate.candidate import Binaries, Candidate, Device, compile_all, compile_each, spread
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import ErrorStat, Evaluation, Resources, Status
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
@@ -75,6 +75,19 @@ def evaluate(job: Job, progress: Progress = lambda stage: None) -> Evaluation:
     except RuntimeError as error:
         outcome = run.failed(*_device_failure(error))
     return dataclasses.replace(outcome, seconds=time.monotonic() - start)
+
+
+def compile_ahead(job: Job) -> None:
+    """Compile what `evaluate` will compile, into the folder `job.binaries`.
+
+    Raises:
+        LLMKernelsError: where there is nothing to compile; `evaluate` says it in its own way.
+    """
+    kernel, device = parse_kernel(job.kernel_text, job.kernel_name), Device(job.task, job.device_index)
+    if kernel.why_not(job.task) is None:
+        given = job.constants
+        combinations = kernel.tunings(job.task, device.facts) if given is None else [dict(given)]
+        compile_each(kernel, job.task, spread(combinations, MOST_TUNINGS), device, Binaries(job.binaries))
 
 
 def _device_failure(error: RuntimeError) -> tuple[Status, str]:
@@ -150,7 +163,8 @@ class _Evaluator:
         if not combinations:
             raise NotApplicable("no combination of `tune` values satisfies every `where` condition for this task and device")
         self._progress("compiling")
-        made = compile_all(kernel, self.task, spread(combinations, MOST_TUNINGS), device)
+        store = Binaries(self.job.binaries) if self.job.binaries else None
+        made = compile_all(kernel, self.task, spread(combinations, MOST_TUNINGS), device, store)
         best = made[0] if len(made) == 1 else self._fastest(made, device)
         self._constants, self._resources = best.constants, best.launcher.resources
         return best

@@ -29,7 +29,7 @@ from typing import IO, Any
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.errors import LLMKernelsError, SchemaError, WorkerDied, WorkerError, WorkerTimeout
 from torch_llmkernels.evaluate.job import Job
-from torch_llmkernels.evaluate.run import evaluate
+from torch_llmkernels.evaluate.run import compile_ahead, evaluate
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.settings import Settings
 
@@ -38,6 +38,7 @@ ORPHAN_GRACE_S = 30.0
 """Seconds after a job's limit at which a child whose parent is gone ends itself."""
 LARGEST_FILE = 4 << 30
 LOG_TAIL = 600
+_FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _SECRET = re.compile(
     r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE|SESSION|PRIVATE|^AWS_|^AZURE_|^GOOGLE_|^GH_|^HF_", re.IGNORECASE
 )
@@ -69,11 +70,14 @@ class Worker:
         self._child: _Child | None = None
 
     def evaluate(self, job: Job) -> Evaluation:
-        """The outcome of a job. A crash is CRASHED and a hang TIMEOUT; no exception comes from the kernel."""
+        """The outcome of a job. A crash is CRASHED and a hang TIMEOUT; no exception comes from the kernel.
+
+        A worker that somebody else terminated (a shutdown, a scheduler) says nothing about the kernel: the job is tried again.
+        """
         with self._lock:
             start = time.monotonic()
             try:
-                outcome = self._ask(job)
+                outcome = self._ask_twice(job)
             except WorkerTimeout as error:
                 self._stop()
                 outcome = Evaluation(Status.TIMEOUT, detail=str(error), tier=job.tier)
@@ -84,10 +88,27 @@ class Worker:
                 self._stop()  # a broken CUDA context does not heal
             return dataclasses.replace(outcome, seconds=time.monotonic() - start)
 
-    def _ask(self, job: Job) -> Evaluation:
+    def compile(self, job: Job) -> None:
+        """Compile a job's kernel with all its constants into the folder `job.binaries`; the evaluation reports what fails."""
+        with self._lock:
+            try:
+                self._started().ask(job, compile_only=True)
+            except (WorkerError, SchemaError):
+                self._stop()
+
+    def _ask_twice(self, job: Job) -> Evaluation:
+        try:
+            return self._started().ask(job)
+        except WorkerDied as error:
+            if not error.terminated:
+                raise
+        self._stop()
+        return self._started().ask(job)
+
+    def _started(self) -> _Child:
         if self._child is None:
             self._child = _Child(self._settings)
-        return self._child.ask(job)
+        return self._child
 
     def _stop(self) -> None:
         if self._child is not None:
@@ -137,8 +158,8 @@ class _Child:
             self.kill()
             raise
 
-    def ask(self, job: Job) -> Evaluation:
-        """Send a job and wait for its outcome.
+    def ask(self, job: Job, compile_only: bool = False) -> Evaluation:
+        """Send a job and wait for its outcome, with `compile_only` for one that says nothing.
 
         Raises:
             WorkerTimeout: if it takes longer than the limit.
@@ -148,7 +169,8 @@ class _Child:
         import torch
 
         identity = secrets.token_hex(16)
-        self._send({"id": identity, "job": job.to_json(), "threads": torch.get_num_threads(), "limit": self._limit})
+        request = {"id": identity, "job": job.to_json(), "threads": torch.get_num_threads(), "limit": self._limit}
+        self._send({**request, "compile_only": compile_only})
         deadline = time.monotonic() + self._limit
         answer = self._receive(deadline, identity)
         return Evaluation.from_json(answer)
@@ -194,7 +216,8 @@ class _Child:
         how = (
             "closed its pipe" if code is None else f"exited with code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
         )
-        return WorkerDied(f"the worker {how} while {self._stage}. {self._log_tail()}".strip())
+        text = f"the worker {how} while {self._stage}. {self._log_tail()}".strip()
+        return WorkerDied(text, terminated=code is not None and -code in _FROM_OUTSIDE)
 
     def _log_tail(self) -> str:
         size = self._log.seek(0, os.SEEK_END)
@@ -232,6 +255,7 @@ def _serve(read_fd: int, write_fd: int) -> None:
 
     import torch
 
+    threading.Thread(target=_end_with_parent, args=(read_fd,), daemon=True).start()
     requests = os.fdopen(read_fd, "rb")
 
     def send(message: dict[str, Any]) -> None:
@@ -246,13 +270,29 @@ def _serve(read_fd: int, write_fd: int) -> None:
             torch.set_num_threads(int(request["threads"]))
             # a hang outlives a parent that was killed, but not this
             faulthandler.dump_traceback_later(request["limit"] + ORPHAN_GRACE_S, exit=True)
-            outcome = _outcome(request["job"], lambda stage: send({"stage": stage}))
+            outcome = _outcome(request["job"], request["compile_only"], lambda stage: send({"stage": stage}))
             faulthandler.cancel_dump_traceback_later()
             send({"id": request["id"], "answer": outcome.to_json()})
 
 
-def _outcome(job: dict[str, Any], progress: Any) -> Evaluation:
+def _end_with_parent(read_fd: int) -> None:
+    """Wait until nobody can write to the pipe any more, then end this process and whatever it started.
+
+    A thread of its own, because a kernel that hangs in the main one would outlive its parent. Not PR_SET_PDEATHSIG: that follows
+    the thread that started the child, which a parent may end long before itself.
+    """
+    poll = select.poll()
+    poll.register(read_fd, 0)  # hang-ups are always reported
+    poll.poll()
+    os.killpg(os.getpid(), signal.SIGKILL)  # the child leads its own session
+
+
+def _outcome(job: dict[str, Any], compile_only: bool, progress: Any) -> Evaluation:
     try:
+        if compile_only:
+            progress("compiling ahead")
+            compile_ahead(Job.from_json(job))
+            return Evaluation(Status.NOT_APPLICABLE, detail="compiled only")
         return evaluate(Job.from_json(job), progress)
     except LLMKernelsError as error:
         return Evaluation(Status.NOT_APPLICABLE, detail=str(error))
