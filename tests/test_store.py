@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import tasks
-from tests.records import decision_for, key_for, record_for
+from tests.records import decision_for, evaluation, key_for, record_for
 from torch_llmkernels.cache import disk
 from torch_llmkernels.cache import store as store_module
 from torch_llmkernels.cache.store import NullStore, Store, open_store
@@ -234,6 +234,19 @@ def test_decisions_round_trip(any_store) -> None:
     any_store.put_decision(key, decision)
     assert any_store.decision(key) == decision
     assert list(any_store.decisions()) == [(key, decision)]
+
+
+def test_a_winner_of_a_search_replaces_what_is_slower_and_stays_beside_what_is_faster(any_store) -> None:
+    task = tasks.layer_norm_task()
+    slow, fast, slower = (
+        dataclasses.replace(record_for(task), kernel_name=name, evaluation=dataclasses.replace(evaluation(), time_ms=ms))
+        for name, ms in (("slow", 1.5), ("fast", 1.0), ("slower", 1.9))
+    )
+    for found, best in ((slow, slow), (fast, fast), (slower, fast)):
+        assert any_store.put_winner(key_for(task), found).record == best
+        assert any_store.decision(key_for(task)).record == best
+    tried = [name.split("@")[0] for name, _ in any_store.decision(key_for(task)).tried]
+    assert tried == ["slow", "fast", "slower"]
 
 
 def test_a_miss_is_explained_by_the_nearest_key(any_store, caplog) -> None:

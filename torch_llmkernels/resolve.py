@@ -111,7 +111,7 @@ class Resolver:
         with self.store.lock(key.text) as mine:
             if not mine:
                 return dataclasses.replace(known, reason="kept Inductor: another process is verifying this task")
-            known = self.store.decision(key) or known
+            known = self.store.decision(key, explained=False) or known
             complete = True
             for kernel, record in candidates:
                 left = self.deadline - time.monotonic()
@@ -135,12 +135,7 @@ class Resolver:
         from torch_llmkernels.search import on_miss  # only a miss pays for importing the search
 
         record = on_miss.search(task, facts, key, self.store, self.settings)
-        if record is None:
-            return decision
-        kernel = parse_kernel(record.kernel_text, record.kernel_name)
-        known = merge(decision, task, kernel, record.evaluation, facts, origin=record.origin)
-        self.store.put_decision(key, known)
-        return choose(known, task, self.settings)
+        return decision if record is None else choose(self.store.put_winner(key, record), task, self.settings)
 
 
 def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:

@@ -101,12 +101,12 @@ class BaseStore(abc.ABC):
                 self._advance(self._stored(key), None)
             return self._remove(key)
 
-    def decision(self, key: RecordKey) -> Decision | None:
-        """What was decided for exactly this key; None is a miss, explained on the logger `torch_llmkernels.cache`."""
+    def decision(self, key: RecordKey, explained: bool = True) -> Decision | None:
+        """What was decided for exactly this key; None is a miss, `explained` on the logger `torch_llmkernels.cache`."""
         stored = self._stored(DECISION + key.text)
         if stored is not None:
             return stored[1]
-        if log.isEnabledFor(logging.INFO):
+        if explained and log.isEnabledFor(logging.INFO):
             log.info("store miss: %s %s: %s", key.signature, key.task_key, "; ".join(self.explain(key)))
         return None
 
@@ -117,6 +117,22 @@ class BaseStore(abc.ABC):
         with self._transaction():
             self._advance(self._stored(name), (key, decision))
             self.put(name, canonical_json(plain).encode())
+
+    def put_winner(self, key: RecordKey, record: Record) -> Decision:
+        """Make the record that a search found the decision for `key`, beside what was tried before.
+
+        Returns:
+            The decision; its record is another if a faster kernel was there.
+        """
+        from torch_llmkernels.kernels.source import parse_kernel
+
+        known = self.decision(key, explained=False) or Decision(None, f"found by {record.origin}")
+        label = parse_kernel(record.kernel_text, record.kernel_name).label
+        tried = (*((name, e) for name, e in known.tried if name != label), (label, record.evaluation))
+        faster = known.record and known.record.evaluation.relative_time <= record.evaluation.relative_time
+        decision = Decision(known.record if faster else record, known.reason, tried)
+        self.put_decision(key, decision)
+        return decision
 
     def decisions(self) -> Iterator[tuple[RecordKey, Decision]]:
         """Every readable decision with its key, oldest first."""

@@ -399,7 +399,7 @@ def _outcome(run: Run, args: argparse.Namespace) -> int:
         f"winner: {record.kernel_name}, {record.evaluation.time_ms:.4g} ms, {speedup:.2f}x the best baseline ({run.tree.ended})"
     )
     if args.store:
-        _remember(run, record)
+        _remember(record)
     if args.library:
         from torch_llmkernels.cache.library import Library
 
@@ -407,24 +407,19 @@ def _outcome(run: Run, args: argparse.Namespace) -> int:
     return 0
 
 
-def _remember(run: Run, record: Record) -> None:
-    """Put the winner in the store as this device's decision, beside what was tried before."""
+def _remember(record: Record) -> None:
+    """Put the winner in the store as this device's decision."""
     from torch_llmkernels.cache.key import RecordKey
     from torch_llmkernels.cache.store import open_store
-    from torch_llmkernels.evaluation import Decision
-    from torch_llmkernels.kernels.source import parse_kernel
     from torch_llmkernels.kernels.targets import target_for
 
     store = open_store(knobs.current())
-    key = RecordKey.of(record.task, target_for(record.task.device).facts())
-    known = store.decision(key) or Decision(None, "")
-    if known.record and known.record.evaluation.relative_time <= record.evaluation.relative_time:
-        speedup = known.record.evaluation.speedup
-        print(f"not stored: {known.record.kernel_name} is already there and runs at {speedup:.2f}x the best baseline")
-        return
-    label = parse_kernel(record.kernel_text, record.kernel_name).label
-    store.put_decision(key, Decision(record, f"found by search {run.name}", (*known.tried, (label, record.evaluation))))
-    print(f"stored in {store.directory}")
+    decision = store.put_winner(RecordKey.of(record.task, target_for(record.task.device).facts()), record)
+    best = decision.record
+    if best is not None and best is not record:
+        print(f"not stored: {best.kernel_name} is already there and runs at {best.evaluation.speedup:.2f}x the best baseline")
+    else:
+        print(f"stored in {store.directory}")
 
 
 def _next(run: Run) -> str:

@@ -135,8 +135,6 @@ def remember_winner(task: Task, settings: Settings) -> str:
     Raises:
         SearchError: if the task's device is not here.
     """
-    from torch_llmkernels.evaluation import Decision
-    from torch_llmkernels.kernels.source import parse_kernel
     from torch_llmkernels.kernels.targets import target_for
 
     target = target_for(task.device)
@@ -147,10 +145,8 @@ def remember_winner(task: Task, settings: Settings) -> str:
     record = search(task, facts, key, store, settings)
     if record is None:
         return "no winner"
-    name = parse_kernel(record.kernel_text, record.kernel_name).label
-    known = store.decision(key) or Decision(None, "found by a search")
-    store.put_decision(key, Decision(record, known.reason, (*known.tried, (name, record.evaluation))))
-    return f"winner {name}"
+    store.put_winner(key, record)
+    return f"winner {record.kernel_name}"
 
 
 def _end_with_parent() -> None:
