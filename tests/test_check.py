@@ -217,6 +217,14 @@ def test_eager_s_overflow_need_not_be_copied() -> None:
     assert "y[0]" in (non_finite_mismatch("y", torch.tensor([7.0, 1.0]), eager, truth) or "")
 
 
+def test_the_formulas_infinity_is_right_where_eagers_algorithm_makes_it_nan() -> None:
+    eager, truth = torch.tensor([math.nan, 1.0]), torch.tensor([math.inf, 1.0], dtype=torch.float64)
+    assert non_finite_mismatch("y", torch.tensor([math.inf, 1.0]), eager, truth) is None
+    assert non_finite_mismatch("y", torch.tensor([math.nan, 1.0]), eager, truth) is None
+    assert "y[0]" in (non_finite_mismatch("y", torch.tensor([-math.inf, 1.0]), eager, truth) or "")
+    assert "y[0]" in (non_finite_mismatch("y", torch.tensor([3.0, 1.0]), eager, truth) or "")
+
+
 def independent(error: torch.Tensor, runs: int = 4) -> float:
     counted = Independence()
     for part in error.chunk(runs):

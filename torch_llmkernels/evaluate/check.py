@@ -272,12 +272,18 @@ def _too_far(sums: ErrorSums | MismatchCount) -> str:
     )
 
 
+def _same_kind(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where both are NaN, the same infinity, or finite."""
+    return (a.isnan() == b.isnan()) & (a.isinf() == b.isinf()) & (~a.isinf() | (a == b))
+
+
 def non_finite_mismatch(
     name: str, got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, order_decides: bool = False
 ) -> str | None:
     """The first place where NaN or infinity differs from eager's, or None.
 
-    Where eager overflowed an intermediate and the true value is finite, a value near the true one is as good. Where eager is
+    Where eager overflowed an intermediate and the true value is finite, a value near the true one is as good; where eager and the
+    formula differ in which non-finite value it is (Winograd's transform of an infinity is NaN), the formula's is. Where eager is
     finite though the formula is not (a fully masked row), the candidate's value must be eager's, to rounding. With
     `order_decides` NaN and infinity are one: a running mean over an infinity is either, by the order of summation.
     """
@@ -287,9 +293,10 @@ def non_finite_mismatch(
     odd = ~(finite_mask(got) & finite_mask(eager) & finite_mask(truth))  # elsewhere nothing can be wrong
     places = odd.reshape(-1).nonzero().reshape(-1)
     shape, (got, eager, truth) = got.shape, (t.reshape(-1)[places] for t in (got, eager, truth))
-    same_kind = (got.isnan() == eager.isnan()) & (got.isinf() == eager.isinf()) & (~got.isinf() | (got == eager))
+    same_kind = _same_kind(got, eager)
     close = (got.double() - truth).abs() <= truth.abs() / 32
     better = got.isfinite() & ~eager.isfinite() & truth.to(got.dtype).isfinite() & close
+    better |= ~eager.isfinite() & ~truth.isfinite() & _same_kind(got, truth.to(got.dtype))
     if order_decides:
         better |= ~eager.isfinite() & ~got.isfinite() & ~truth.isfinite()
     rounding = max(8 * torch.finfo(got.dtype).eps, LONG_SUM_ROUNDING)
