@@ -36,6 +36,18 @@ class ConvReluPool(nn.Module):
         return self.pool(F.relu(self.conv(x)))
 
 
+class ConvBatchNormAddRelu(nn.Module):
+    """The end of a residual block: Conv2d without bias, batch norm, the shortcut added, ReLU; arguments as in `nn.Conv2d`."""
+
+    def __init__(self, *conv: int, **options: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(*conv, bias=False, **options), nn.BatchNorm2d(conv[1])
+        self.eval()
+
+    def forward(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(x)) + shortcut)
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention of three (batch, heads, tokens, width) tensors."""
 
@@ -102,6 +114,15 @@ WIDER = (
     Problem("layer_norm_train_8192x4096_fp32", lambda: nn.LayerNorm(4096), ((8192, 4096),), training=True),
     Problem("rms_norm_8192x4096_bf16", lambda: nn.RMSNorm(4096), ((8192, 4096),), torch.bfloat16),
     Problem("linear_gelu_8192x768x3072_fp32", lambda: nn.Sequential(nn.Linear(768, 3072), nn.GELU()), ((8192, 768),)),
+    Problem("linear_8192x3072x768_fp32", lambda: nn.Linear(3072, 768), ((8192, 3072),)),
+    Problem("linear_128x9216x4096_fp32", lambda: nn.Linear(9216, 4096), ((128, 9216),)),
+    Problem("conv3x3_relu_256_fp32", lambda: nn.Sequential(nn.Conv2d(256, 256, 3, 1, 1), nn.ReLU()), ((32, 256, 56, 56),)),
+    Problem(
+        "conv1x1_bn_add_relu_64_256_fp32",
+        lambda: ConvBatchNormAddRelu(64, 256, 1),
+        ((32, 64, 56, 56), (32, 256, 56, 56)),
+    ),
+    Problem("group_norm_32x256x56x56_fp32", lambda: nn.GroupNorm(32, 256), ((32, 256, 56, 56),)),
     Problem(
         "conv3x3_relu_max_pool_64_fp32",
         lambda: ConvReluPool(64, 64, 3, 1, 1, pool=2),
