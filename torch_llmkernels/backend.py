@@ -31,6 +31,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch_llmkernels import graph_decision, online, plan, ranks, registry
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision, Record
+from torch_llmkernels.graph.constants import constants_of
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
 from torch_llmkernels.graph.op import bind, encode_spec
 from torch_llmkernels.graph.regions import find_regions
@@ -281,10 +282,11 @@ def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], lis
     most = request.settings.max_regions
     regions, skipped = find_regions(graph, request.prefer)
     reports = [RegionReport(s.signature, "", "", False, f"kept Inductor: {s.reason}") for s in skipped]
+    constants = constants_of(graph) if regions else frozenset()
     found = []
     for region in regions[:most]:
         try:
-            found.append(task_of(region))
+            found.append(task_of(region, constant=constants))
         except TaskError as error:
             reports.append(RegionReport(region.signature, "", "", False, f"kept Inductor: {error}"))
     for region in regions[most:]:

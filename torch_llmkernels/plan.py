@@ -108,6 +108,7 @@ def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Req
     state = [[name, _describe(t)] for name, t in (*gm.named_parameters(), *gm.named_buffers())]
     hints = [_hints(value) for value in example_inputs] if request.settings.specialize else []
     options = sorted((name, repr(value)) for name, value in request.inductor.config.items())
+    options.append(("freezing", repr(request.inductor_option("freezing"))))
     return digest([
         source_digest(), torch.__version__, code, leaves, state, [_describe(value) for value in example_inputs], options,
         request.prefer, request.settings.max_regions, hints, _flags(),

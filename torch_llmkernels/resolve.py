@@ -88,7 +88,8 @@ class Resolver:
         need_time = self.settings.swap == "fastest"
         settled = {name for name, e in known.tried if e.status.is_correct is False or e.time_ms or not need_time}
         found: dict[str, tuple[Kernel, Record | None]] = {}
-        record = self.library.record(task.key, facts.kind)
+        plain = dataclasses.replace(task, constant=())  # a record of the same task without constants knows a kernel for it too
+        record = self.library.record(task.key, facts.kind) or self.library.record(plain.key, facts.kind)
         if record is not None:
             kernel = parse_kernel(record.kernel_text, record.kernel_name)
             found[kernel.label] = (kernel, record)

@@ -7,8 +7,9 @@ An AOTInductor package is to run without Python, where neither exists: there the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._inductor import ir
@@ -20,14 +21,17 @@ from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.graph import op
 from torch_llmkernels.task import digest
 
+if TYPE_CHECKING:
+    from torch_llmkernels.kernels.launch import Workspace
+
 
 class RegionCall(ir.ExternKernel):
     """`slot(*outputs, *workspaces, *inputs, *symbols)` in Inductor's Python wrapper."""
 
-    def __init__(self, spec: str, written: Sequence[Any], inputs: Sequence[Any], symbols: Sequence[Any]) -> None:
+    def __init__(self, spec: str, tensors: Sequence[Any], written: Sequence[Any], symbols: Sequence[Any]) -> None:
         self.device = written[0].get_device()
         none = ir.NoneLayout(device=self.device)
-        super().__init__(None, none, self.unwrap_storage([*written, *inputs]), tuple(symbols))
+        super().__init__(None, none, self.unwrap_storage(list(tensors)), tuple(symbols))
         self.spec = spec
         self.mutation_outputs = [ir.MutationOutput(none, buffer, self) for buffer in written]
         V.graph.register_operation(self)
@@ -65,11 +69,10 @@ def _buffer(size: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, devi
     return buffer
 
 
-def _workspaces(spec: str, device: torch.device) -> list[Any]:
-    """The kernel's scratch memory as Inductor buffers; the launcher zeroes what has to be zero."""
-    layouts = op.workspace_layouts(op.decode_spec(spec), device)
-    strides = [torch._prims_common.make_contiguous_strides_for(w.shape) for w in layouts]
-    return [_buffer(w.shape, stride, getattr(torch, w.dtype), device) for w, stride in zip(layouts, strides, strict=True)]
+def _scratch(layout: Workspace, device: torch.device) -> Any:
+    """Scratch memory of the kernel as an Inductor buffer; the launcher zeroes what has to be zero."""
+    stride = torch._prims_common.make_contiguous_strides_for(layout.shape)
+    return _buffer(layout.shape, stride, getattr(torch, layout.dtype), device)
 
 
 def _exact(value: Any, meta: torch.Tensor) -> Any:
@@ -96,5 +99,10 @@ def lower_region(spec: str, ins: Sequence[Any], syms: Sequence[Any]) -> list[Any
     if V.graph.cpp_wrapper:
         ir.FallbackKernel.create(op.region_out_op(), spec, outputs, inputs, list(syms))
     else:
-        RegionCall(spec, [*outputs, *_workspaces(spec, values[0].device)], inputs, syms)
+        decoded, device = op.decode_spec(spec), values[0].device
+        inputs, prepared = inputs[: len(decoded.task.inputs)], inputs[len(decoded.task.inputs) :]
+        layouts = op.workspace_layouts(decoded, device)
+        workspaces = op.merged(decoded, layouts, prepared, functools.partial(_scratch, device=device))
+        scratch = [w for w in workspaces if not any(w is p for p in prepared)]
+        RegionCall(spec, [*outputs, *workspaces, *inputs], [*outputs, *scratch], syms)
     return outputs

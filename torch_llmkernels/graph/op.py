@@ -55,6 +55,16 @@ class Spec:
         """The task's program, runnable: what the region runs where its kernel cannot."""
         return module_of(self.task)
 
+    @functools.cached_property
+    def prepared(self) -> tuple[str, ...]:
+        """The workspaces that arrive behind the task's inputs, written once by `llmk::prepare` (see `Kernel.prepared`)."""
+        from torch_llmkernels.kernels.source import parse_kernel
+
+        try:
+            return parse_kernel(self.kernel_text, self.kernel_name).prepared(self.task)
+        except LLMKernelsError:
+            return ()  # the build fails for the same reason, and says so
+
     @property
     def label(self) -> str:
         """How messages name the region: `layer_norm [key] by kernel_name`."""
@@ -148,11 +158,29 @@ class Slot:
             self._warn(f"runs its reference for some tensors: {error}")
             self.run_reference(*args)
 
-    def workspaces(self, device: torch.device) -> list[torch.Tensor]:
-        """Fresh workspaces for one call, uninitialised; empty if the region runs its reference."""
+    def workspaces(self, device: torch.device, prepared: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """The workspaces for one call in order, uninitialised but for those in `prepared`; none if it cannot be built here."""
         if device not in self._layouts:
             self._layouts[device] = workspace_layouts(self.spec, device)
-        return [torch.empty(w.shape, dtype=getattr(torch, w.dtype), device=device) for w in self._layouts[device]]
+        return merged(self.spec, self._layouts[device], prepared, functools.partial(_empty, device=device))
+
+    def prepare(self, constants: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the prepare launches write, given the task's constant inputs: `Spec.prepared`, in new memory.
+
+        Raises:
+            NotApplicable: for constants that the kernel cannot serve.
+        """
+        task, device = self.spec.task, constants[0].device
+        layouts = workspace_layouts(self.spec, device)
+        made = dict(zip((w.name for w in layouts), merged(self.spec, layouts, (), functools.partial(_empty, device=device)),
+                        strict=True))  # fmt: skip
+        given = dict(zip(task.constant, constants, strict=True))
+        stand_in = constants[0]  # what the prepare launches do not read needs a valid address all the same
+        tensors = [stand_in] * len(task.outputs) + list(made.values()) + [given.get(t.name, stand_in) for t in task.inputs]
+        launcher = self._launcher(device)
+        if hasattr(launcher, "prepare"):  # the reference needs nothing prepared
+            launcher.prepare(*tensors, *(hint for _, hint in task.symbols))
+        return [made[name] for name in self.spec.prepared]
 
     def run_reference(self, *args: Any) -> None:
         """Compute the outputs with the region's own program."""
@@ -241,7 +269,9 @@ def build_launcher(spec: Spec, settings: Settings, index: int) -> Callable[..., 
         raise ToolchainMissing(reason)
     facts = target.facts(index)
     binary = build(kernel, spec.task, constants, target, facts, open_store(settings))
-    return target.load(binary, kernel, spec.task, constants, facts, index)
+    launcher = target.load(binary, kernel, spec.task, constants, facts, index)
+    launcher.prepared = bool(spec.prepared)
+    return launcher
 
 
 def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]:
@@ -259,6 +289,16 @@ def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]
         return ()  # the build fails for the same reason, and says so
 
 
+def merged(spec: Spec, layouts: Sequence[Workspace], prepared: Sequence[Any], make: Callable[[Workspace], Any]) -> list[Any]:
+    """Every workspace in order: those of `Spec.prepared` from `prepared` (if given), the others made."""
+    kept = iter(prepared)
+    return [next(kept) if prepared and w.name in spec.prepared else make(w) for w in layouts]
+
+
+def _empty(layout: Workspace, device: torch.device) -> torch.Tensor:
+    return torch.empty(layout.shape, dtype=getattr(torch, layout.dtype), device=device)
+
+
 def _eager(spec: str, inputs: list[torch.Tensor], symbols: list[int]) -> list[torch.Tensor]:
     outputs = _empty_outputs(spec, inputs, symbols)
     _eager_out(spec, outputs, inputs, symbols)
@@ -267,7 +307,17 @@ def _eager(spec: str, inputs: list[torch.Tensor], symbols: list[int]) -> list[to
 
 def _eager_out(spec: str, outputs: list[torch.Tensor], inputs: list[torch.Tensor], symbols: list[int]) -> None:
     slot = bind(spec)
-    slot(*outputs, *slot.workspaces(outputs[0].device), *inputs, *symbols)
+    count = len(slot.spec.task.inputs)
+    slot(*outputs, *slot.workspaces(outputs[0].device, inputs[count:]), *inputs[:count], *symbols)
+
+
+def _prepare(spec: str, constants: list[torch.Tensor]) -> list[torch.Tensor]:
+    return bind(spec).prepare(constants)
+
+
+def _empty_prepared(spec: str, constants: list[torch.Tensor]) -> list[torch.Tensor]:
+    decoded, device = decode_spec(spec), constants[0].device
+    return [_empty(w, device) for w in workspace_layouts(decoded, device) if w.name in decoded.prepared]
 
 
 def _empty_outputs(spec: str, inputs: list[torch.Tensor], symbols: Sequence[Any]) -> list[torch.Tensor]:
@@ -282,6 +332,9 @@ def _define() -> torch.library.Library:
     tags = [torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order]
     library.define("region(str spec, Tensor[] ins, SymInt[] syms) -> Tensor[]", tags=tags)
     library.define("region_out(str spec, Tensor(a!)[] outs, Tensor[] ins, SymInt[] syms) -> ()", tags=tags)
+    library.define("prepare(str spec, Tensor[] constants) -> Tensor[]", tags=tags)
+    library.impl("prepare", _prepare, "CompositeExplicitAutograd")
+    torch.library.register_fake("llmk::prepare", _empty_prepared, lib=library)
     library.impl("region", _eager, "CompositeExplicitAutograd")
     library.impl("region_out", _eager_out, "CompositeExplicitAutograd")
     torch.library.register_fake("llmk::region", _empty_outputs, lib=library)
@@ -295,6 +348,15 @@ _library = _define()  # keeps the registrations alive
 def region_op() -> torch._ops.OpOverload:
     """`llmk::region(str spec, Tensor[] ins, SymInt[] syms) -> Tensor[]`: functional, new outputs."""
     return torch.ops.llmk.region.default
+
+
+def prepare_op() -> torch._ops.OpOverload:
+    """`llmk::prepare(str spec, Tensor[] constants) -> Tensor[]`: the prepare launches of a kernel, workspaces of their own.
+
+    It reads nothing but constants of the graph, so that Inductor's freezing runs it at compile time and keeps its result as a
+    constant of its own; wherever it is not folded, it runs at every call.
+    """
+    return torch.ops.llmk.prepare.default
 
 
 def region_out_op() -> torch._ops.OpOverload:

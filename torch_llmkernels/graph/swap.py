@@ -45,18 +45,37 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
     shapes = [_size_arguments(graph, n.meta["val"].shape, given) if _is_viewed(region, n) else [] for n in region.outputs]
     inputs = [_viewed(graph, node, region, old) for node, old in zip(given, region.inputs, strict=True)]
     symbols = _size_nodes(graph, record.task, region, inputs)
+    inputs += _prepared(graph, region, record, inputs)
     with graph.inserting_after(_last(graph, [*inputs, *symbols])):
         call = graph.call_function(op.region_op(), (op.encode_spec(record), inputs, symbols))
     try:
         _describe(call, region, record)
     except TaskError:
-        graph.erase_node(call)
+        graph.erase_node(call)  # what it read is dead now, and dropped with all else that is
         raise
     with graph.inserting_after(call):
         for i, old in reversed(list(enumerate(region.outputs))):
             replaced[old] = _output(graph, call, i, region, shapes[i])
             old.replace_all_uses_with(replaced[old])
     return call
+
+
+def _prepared(graph: fx.Graph, region: RegionTask, record: Record, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+    """The workspaces that the kernel writes once, made by a call of `llmk::prepare` of the region's constants; else none."""
+    spec = op.encode_spec(record)
+    if not op.decode_spec(spec).prepared:
+        return []
+    named = dict(zip((t.name for t in record.task.inputs), inputs, strict=True))
+    constants = [named[name] for name in record.task.constant]
+    with graph.inserting_after(_last(graph, constants)):
+        call = graph.call_function(op.prepare_op(), (spec, constants))
+    call.meta = {"val": op.prepare_op()(spec, [n.meta["val"] for n in constants])} | _tags(region)
+    made = []
+    with graph.inserting_after(call):
+        for i, value in enumerate(call.meta["val"]):
+            made.append(graph.call_function(operator.getitem, (call, i)))
+            made[-1].meta = {"val": value} | _tags(region)
+    return made
 
 
 def _output(graph: fx.Graph, call: fx.Node, index: int, region: RegionTask, sizes: Sequence[Any]) -> fx.Node:

@@ -17,6 +17,7 @@ from torch_llmkernels.task import FLOATS, ITEMSIZE, TensorSpec
 if TYPE_CHECKING:
     from torch_llmkernels.kernels.csource import Param
     from torch_llmkernels.kernels.device import DeviceFacts
+    from torch_llmkernels.kernels.header import Launch
     from torch_llmkernels.kernels.source import Kernel
     from torch_llmkernels.task import Task
 
@@ -218,6 +219,16 @@ def _dynamic_names(kernel: Kernel, task: Task) -> set[str]:
         if expression.names & dynamic:
             dynamic.add(name)
     return dynamic
+
+
+def is_dynamic(kernel: Kernel, steps: Sequence[Launch], task: Task) -> bool:
+    """Whether some number of these launches depends on a dynamic size of the task."""
+    dynamic = _dynamic_names(kernel, task)
+    numbers = [e for step in steps for e in step.expressions]
+    for step in steps:
+        pairs = zip(step.args, step.params, strict=True)
+        numbers += [Expression(a) for a, p in pairs if p.type not in ("pointer", "tensor_map") and not is_float(a, p, task)]
+    return any(e.names & dynamic for e in numbers)
 
 
 def macros(kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts | None = None) -> dict[str, str]:

@@ -63,6 +63,17 @@ class Kernel(Header):
         """Prepare launches, then main launches."""
         return (*self.prepare, *self.launch)
 
+    def prepared(self, task: Task) -> tuple[str, ...]:
+        """The workspaces that are written once and kept, because they are made of constants of the task alone; else none.
+
+        The prepare launches then run once per compiled graph, elsewhere before the main launches of every call.
+        """
+        inputs = {t.name for t in task.inputs}
+        read = {arg for step in self.prepare for arg in step.args}
+        if not self.prepare or not read & inputs <= set(task.constant) or launch.is_dynamic(self, self.prepare, task):
+            return ()
+        return tuple(w.name for w in self.workspace if w.name in read)
+
     def why_not(self, task: Task) -> str | None:
         """The reason why it cannot serve `task` whatever the constants, or None."""
         if not {task.signature, task.signature_key} & set(self.implements):
