@@ -8,6 +8,7 @@ evaluation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import difflib
 import itertools
 import re
@@ -125,6 +126,7 @@ def parse_kernel(text: str, name: str = "candidate") -> Kernel:
         raise KernelSourceError(f"{name}: {error}") from None
 
 
+@functools.lru_cache(maxsize=256)  # one compilation looks at the same files many times
 def _parse(text: str, name: str) -> Kernel:
     if len(text.encode()) > MAX_BYTES:
         raise KernelSourceError(f"the file is larger than {MAX_BYTES} bytes")
