@@ -17,7 +17,7 @@ from torch import fx
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluate.attention import FUSED
 from torch_llmkernels.evaluate.roles import schema_arguments
-from torch_llmkernels.evaluate.statistics import all_finite, finite_mask
+from torch_llmkernels.evaluate.statistics import all_finite
 from torch_llmkernels.program import module_of
 from torch_llmkernels.task import Numerics, Task
 
@@ -215,21 +215,21 @@ def condition(task: Task, inputs: Sequence[torch.Tensor], truth: Sequence[torch.
     for _ in range(draws):
         for square, moved, value in zip(total, _perturbed(task, inputs, g), truth, strict=True):
             if value.is_floating_point():
-                change = moved.reshape(value.shape).sub(value).div_(PERTURBATION)
-                change = change if all_finite(change) else torch.where(finite_mask(change), change, 0.0)
-                square.addcmul_(change, change, value=1 / draws)
-    return [square.sqrt() for square in total]
+                change = moved.reshape(value.shape).sub(value)
+                square.addcmul_(change, change, value=1 / (draws * PERTURBATION**2))
+    return [square.sqrt_() if all_finite(square) else square.sqrt_().nan_to_num_(0.0, 0.0, 0.0) for square in total]
 
 
 def _perturbed(task: Task, inputs: Sequence[torch.Tensor], g: torch.Generator) -> list[torch.Tensor]:
     changed = []
     for x in inputs:
-        changed.append(_noise(x.shape, g).mul_(PERTURBATION).add_(1).mul_(x) if x.is_floating_point() else x)
+        changed.append(_near_one(x.shape, g).mul_(x) if x.is_floating_point() else x)
     return reference(task, changed)
 
 
-def _noise(shape: torch.Size, g: torch.Generator) -> torch.Tensor:
-    """Independent numbers of mean 0 and variance 1 in float64: uniform over 256 values, which are drawn eight at a time."""
+def _near_one(shape: torch.Size, g: torch.Generator) -> torch.Tensor:
+    """Independent numbers of mean 1 and deviation `PERTURBATION` in float64: uniform over 256 values, drawn eight at a time."""
     words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64, device=g.device).random_(-(2**63), None, generator=g)
-    values = words.view(torch.int8)[: shape.numel()].view(shape)
-    return values.double().add_(0.5).mul_(1 / math.sqrt((256**2 - 1) / 12))
+    values = words.view(torch.int8)[: shape.numel()].view(shape)  # -128 to 127
+    step = PERTURBATION / math.sqrt((256**2 - 1) / 12)
+    return values.double().mul_(step).add_(1 + step / 2)
