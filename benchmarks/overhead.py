@@ -1,21 +1,27 @@
-"""What the backend costs where it gains nothing: compile time with nothing to swap, and the host's time for a swapped region.
+"""What the backend costs: compile time beside Inductor, with nothing to swap and with swaps; the host's time for a swapped call.
 
 python benchmarks/overhead.py [--quick] [--out FILE]
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import common
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_cache
 
-from torch_llmkernels import settings
+from torch_llmkernels import registry, settings
 from torch_llmkernels.evaluation import ErrorStat, Evaluation, Record, Status
 from torch_llmkernels.graph.op import bind, encode_spec, region_op
 from torch_llmkernels.kernels.targets import target_for
@@ -59,34 +65,79 @@ class Encoder(nn.Module):
         return torch.softmax(x, -1)
 
 
-def compile_seconds(backend: str, device: str, repeats: int) -> list[float]:
-    """Seconds of the first call, with torch's caches empty each time."""
-    from torch._inductor.utils import fresh_cache
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to compile.
 
-    seconds = []
-    for _ in range(repeats):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model, x = Encoder().to(device), torch.randn(8, 64, device=device)
-        with fresh_cache(), torch.no_grad():
-            begin = time.perf_counter()
-            torch.compile(model, backend=backend)(x)
-            seconds.append(time.perf_counter() - begin)
-    return seconds
+    Attributes:
+        name: Its row.
+        backend: As in `torch.compile`.
+        knobs: Ours.
+    """
+
+    name: str
+    backend: str
+    knobs: Mapping[str, Any]
+
+
+def compile_seconds(contender: Contender, device: str, cold: bool) -> tuple[float, float]:
+    """(wall, processor) seconds of the first call, children included; `cold`: with torch's caches empty."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Encoder().to(device), torch.randn(8, 64, device=device)
+    with fresh_cache() if cold else contextlib.nullcontext(), torch.no_grad(), settings.override(**contender.knobs):
+        before, begin = processor_seconds(), time.perf_counter()
+        torch.compile(model, backend=contender.backend)(x)
+        return time.perf_counter() - begin, processor_seconds() - before
+
+
+def processor_seconds() -> float:
+    """Of this process and its children, so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def compile_rows(device: str, repeats: int) -> list[dict[str, Any]]:
-    """Inductor against the backend with an empty library, in turns: nothing is swapped, so the difference is ours alone."""
-    seconds: dict[str, list[float]] = {"inductor": [], "llmkernels": []}
-    compile_seconds("inductor", device, 1)  # imports and warms whatever a process does once
-    with tempfile.TemporaryDirectory() as empty, settings.override(library_dir=empty, cache_dir=f"{empty}/store"):
-        compile_seconds("llmkernels", device, 1)
-        for _ in range(repeats):
-            for backend, found in seconds.items():
-                found += compile_seconds(backend, device, 1)
-    return [
-        {"what": f"compile, {name}", "unit": "s", "median": statistics.median(s), "samples": s} for name, s in seconds.items()
-    ]
+    """Inductor against the backend, in turns: with an empty library, and with every correct kernel swapped in, verified before.
+
+    Once with torch's caches empty, once with them full. All compilation is in this process and its children, so that processor
+    seconds, which other work on the machine disturbs least, can be counted.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, inductor_config.patch(compile_threads=1):
+        os.mkdir(f"{folder}/empty")
+        contenders = [
+            Contender("Inductor", "inductor", {}),
+            Contender("nothing swapped", "llmkernels", {"library_dir": f"{folder}/empty", "cache_dir": f"{folder}/a"}),
+            Contender("swapped", "llmkernels", {"swap": "correct", "cache_dir": f"{folder}/b"}),
+        ]
+        for cold in (True, False):
+            with contextlib.nullcontext() if cold else fresh_cache():
+                for contender in contenders:  # imports, and whatever a process does once; verification
+                    mark = len(registry.report())
+                    compile_seconds(contender, device, cold)
+                found: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
+                for _ in range(repeats):
+                    for contender in contenders:
+                        found[contender.name].append(compile_seconds(contender, device, cold))
+            swaps = len(registry.report()[mark].swapped)
+            if not swaps:
+                raise SystemExit(f"nothing was swapped, so there is nothing to measure:\n{registry.report()}")
+            rows += compile_table(found, "cold" if cold else "from torch's caches", swaps)
+    return rows
+
+
+def compile_table(found: Mapping[str, Sequence[tuple[float, float]]], caches: str, swaps: int) -> list[dict[str, Any]]:
+    """Seconds of each contender, and the median of its ratios to Inductor's, call by call."""
+    rows = []
+    base = [processor for _, processor in found["Inductor"]]
+    for name, seconds in found.items():
+        wall, processor = [w for w, _ in seconds], [p for _, p in seconds]
+        what = f"compile {caches}: {name}" + (f" ({swaps} regions)" if name == "swapped" else "")
+        ratio = statistics.median(p / b for p, b in zip(processor, base, strict=True))
+        rows.append({"what": what, "unit": "processor s", "median": statistics.median(processor), "samples": processor,
+                     "wall_s": wall, "ratio": ratio})  # fmt: skip
+    return rows
 
 
 def add_record(device: str) -> Record:
@@ -139,8 +190,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.add(row)
     for row in [] if args.skip_compile else compile_rows(args.device, 1 if args.quick else 5):
         results.add(row)
-    rows = [[row["what"], row["unit"], row["median"], min(row["samples"]), max(row["samples"])] for row in results.rows]
-    common.print_table(f"Overhead on {results.header['device']}", ["what", "unit", "median", "least", "most"], rows)
+    rows = [
+        [row["what"], row["unit"], row["median"], min(row["samples"]), max(row["samples"]), row.get("ratio")]
+        for row in results.rows
+    ]
+    columns = ["what", "unit", "median", "least", "most", "of Inductor's"]
+    common.print_table(f"Overhead on {results.header['device']}", columns, rows)
     common.console.print(f"written to {results.path}")
 
 

@@ -32,6 +32,7 @@ class RegionReport:
         kernel: Name of the kernel that was swapped in, else empty.
         origin: Where that kernel came from, else empty.
         evaluation: Its evidence, if a kernel was considered.
+        considered: Name of the kernel that `evaluation` is about, swapped in or not.
     """
 
     signature: str
@@ -42,15 +43,16 @@ class RegionReport:
     kernel: str = ""
     origin: str = ""
     evaluation: Evaluation | None = None
+    considered: str = ""
 
     @classmethod
     def of(cls, task: Task, decision: Decision) -> RegionReport:
         """The report of a task that was looked up."""
-        record = decision.record
-        evidence = record.evaluation if record else decision.tried[-1][1] if decision.tried else None
+        record, name = decision.record, decision.record.kernel_name if decision.record else ""
+        label, evidence = (name, record.evaluation) if record else decision.tried[-1] if decision.tried else ("", None)
         return cls(
-            task.signature, task.key, shapes_of(task), record is not None, decision.reason,
-            record.kernel_name if record else "", record.origin if record else "", evidence,
+            task.signature, task.key, shapes_of(task), record is not None, decision.reason, name,
+            record.origin if record else "", evidence, label.partition("@")[0],
         )  # fmt: skip
 
     @property
@@ -96,6 +98,11 @@ class GraphReport:
     regions: tuple[RegionReport, ...]
     note: str = ""
     measured: GraphDecision | None = None
+
+    @property
+    def swapped(self) -> list[RegionReport]:
+        """Those that run a kernel of the library."""
+        return [region for region in self.regions if region.swapped]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
