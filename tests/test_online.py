@@ -93,3 +93,19 @@ def test_what_is_not_measured_by_calls(kernels: Kernels, monkeypatch: pytest.Mon
         with graph_decision.forcing(frozenset()):
             compiled(model)(x)
     assert kernels.calls["layer_norm"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", [False, True], ids=["launches", "cuda graphs"])
+def test_both_variants_give_the_same_answers_on_a_gpu(kernels: Kernels, graphs: bool) -> None:
+    """Timed by events of the stream; with CUDA graphs each variant records its own."""
+    model = nn.Sequential(nn.LayerNorm(64), nn.Softmax(-1)).cuda()
+    options = {"whole_graph": "measure", "triton.cudagraphs": graphs}
+    measured = torch.compile(model, backend=backend.llmkernels, options=options)
+    with torch.no_grad():
+        for _ in range(CALLS * online.LOOKS + 2):
+            x = torch.randn(32, 64, device="cuda")
+            torch.testing.assert_close(measured(x).clone(), model(x))
+    (graph,) = torch_llmkernels.report(measured)
+    assert graph.measured is not None and graph.measured.inductor_ms > 0
