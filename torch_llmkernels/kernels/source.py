@@ -8,8 +8,8 @@ evaluation.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import difflib
+import functools
 import itertools
 import re
 from typing import TYPE_CHECKING, Any
