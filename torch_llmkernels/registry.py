@@ -183,11 +183,10 @@ def report(compiled: Any = None) -> Report:
 
 def _compiling_for() -> Any:
     """The backend object of the `torch.compile` call that Dynamo is compiling a graph for; None outside Dynamo."""
-    from torch._dynamo.eval_frame import innermost_backend
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        return innermost_backend(InstructionTranslator.current_tx().output.compiler_fn)
+        return _innermost(InstructionTranslator.current_tx().output.compiler_fn)
     except AttributeError:  # no translation in progress
         return None
 
@@ -198,8 +197,6 @@ def _backend_of(compiled: Any) -> Any:
     Raises:
         LLMKernelsError: if there is none.
     """
-    from torch._dynamo.eval_frame import innermost_backend
-
     compiled = getattr(compiled, "_compiled_call_impl", None) or compiled  # module.compile(...)
     context = getattr(compiled, "dynamo_ctx", None)
     wrapper = inspect.unwrap(compiled, stop=lambda f: "callback" in _closure(f)) if callable(compiled) else None
@@ -208,7 +205,15 @@ def _backend_of(compiled: Any) -> Any:
         raise LLMKernelsError(
             f"report() takes what torch.compile returned, or a module after .compile(); {type(compiled).__name__} is not compiled"
         )
-    return innermost_backend(callback)
+    return _innermost(callback)
+
+
+def _innermost(backend: Any) -> Any:
+    """The backend inside Dynamo's wrappers; releases of torch differ in how they name what they wrap."""
+    names = ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable")
+    while inner := next((getattr(backend, name) for name in names if getattr(backend, name, None) is not None), None):
+        backend = inner
+    return backend
 
 
 def _closure(function: Any) -> dict[str, Any]:
