@@ -284,7 +284,7 @@ def _end_with_parent(read_fd: int) -> None:
     poll = select.poll()
     poll.register(read_fd, 0)  # hang-ups are always reported
     poll.poll()
-    os.killpg(os.getpid(), signal.SIGKILL)  # the child leads its own session
+    os.killpg(os.getpid(), signal.SIGKILL)  # the child leads its own process group
 
 
 def _outcome(job: dict[str, Any], compile_only: bool, progress: Any) -> Evaluation:
