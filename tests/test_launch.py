@@ -143,12 +143,15 @@ def test_workspaces_have_sizes_and_dtypes_of_the_task() -> None:
     assert (found.name, found.dtype, found.shape, found.zero) == ("partial", "float64", (32, 2), True)
 
 
-def test_a_workspace_of_dynamic_size_is_not_supported() -> None:
+def test_a_workspace_of_dynamic_size_has_one_at_a_call() -> None:
     task = tasks.layer_norm_task("d0", 32, device="cuda", hints={"d0": 6})
     dynamic = kernel('["cols", "2"]', '["rows", "2"]')
-    assert "workspace's size 'rows' depends on a dynamic size" in (dynamic.why_not(task) or "")
+    assert dynamic.why_not(task) is None
+    assert launch.has_dynamic_workspace(dynamic, task) and not launch.has_dynamic_workspace(kernel(), task)
     with pytest.raises(NotApplicable, match="dynamic size"):
         launch.workspaces(dynamic, task, {"THREADS": 128}, FACTS)
+    (found,) = launch.workspaces(dynamic, task, {"THREADS": 128}, FACTS, {"d0": 40})
+    assert found.shape == (40, 2)
 
 
 def test_device_facts_round_trip_and_name_kinds() -> None:

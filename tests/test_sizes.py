@@ -202,3 +202,22 @@ def test_a_kernel_serves_images_of_every_size() -> None:
     found = task(nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(2, 3, 15, 18))
     outcome = evaluate(Job(found, KERNEL, "pooled", timed=False))
     assert outcome.status is Status.CORRECT, outcome.detail
+
+
+def test_a_shipped_kernel_serves_images_of_every_size(tmp_path: Path) -> None:
+    """Its scratch memory depends on the width of the image, which only a call knows."""
+    from torch_llmkernels import registry
+    from torch_llmkernels.kernels.targets import target_for
+
+    if reason := target_for("cpu").unavailable():
+        pytest.skip(reason)
+    torch._dynamo.reset()
+    registry.clear()
+    module = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    options = {"swap": "correct", "strict": True, "cache_dir": str(tmp_path), "verify_budget_s": 600.0}
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="llmkernels", dynamic=True, options=options)
+        for shape in [(2, 3, 15, 18), (1, 3, 40, 66), (3, 3, 6, 5)]:
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
+    assert {r.swapped for g in registry.report() for r in g.regions} == {True}

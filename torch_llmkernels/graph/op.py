@@ -29,7 +29,9 @@ from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task, TensorSpec, canonical_json, evaluate_dim
 
 if TYPE_CHECKING:
+    from torch_llmkernels.kernels.device import DeviceFacts
     from torch_llmkernels.kernels.launch import Workspace
+    from torch_llmkernels.kernels.source import Kernel
 
 log = logging.getLogger("torch_llmkernels.graph.op")
 
@@ -260,6 +262,7 @@ def build_launcher(spec: Spec, settings: Settings, index: int) -> Callable[..., 
         LLMKernelsError: if the kernel does not parse, compile or load here.
     """
     from torch_llmkernels.cache.store import open_store
+    from torch_llmkernels.kernels.launch import has_dynamic_workspace
     from torch_llmkernels.kernels.source import parse_kernel
     from torch_llmkernels.kernels.targets import build, target_for
 
@@ -271,11 +274,31 @@ def build_launcher(spec: Spec, settings: Settings, index: int) -> Callable[..., 
     binary = build(kernel, spec.task, constants, target, facts, open_store(settings))
     launcher = target.load(binary, kernel, spec.task, constants, facts, index)
     launcher.prepared = bool(spec.prepared)
-    return launcher
+    return _allocating(launcher, kernel, spec, facts) if has_dynamic_workspace(kernel, spec.task) else launcher
+
+
+def _allocating(launcher: Callable[..., None], kernel: Kernel, spec: Spec, facts: DeviceFacts) -> Callable[..., None]:
+    """A launcher that makes its workspaces itself, for those whose sizes are known at the call only."""
+    from torch_llmkernels.kernels.launch import workspaces
+
+    names, outputs = [name for name, _ in spec.task.symbols], len(spec.task.outputs)
+
+    @functools.lru_cache(maxsize=256)
+    def layouts(values: tuple[int, ...]) -> tuple[Workspace, ...]:
+        return workspaces(kernel, spec.task, dict(spec.constants), facts, dict(zip(names, values, strict=True)))
+
+    def launch(*args: Any) -> None:
+        scratch = [_empty(w, args[0].device) for w in layouts(args[len(args) - len(names) :])]
+        launcher(*args[:outputs], *scratch, *args[outputs:])
+
+    return launch
 
 
 def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]:
-    """The contiguous scratch tensors that the kernel needs on this device; none if it cannot be used here."""
+    """The contiguous scratch tensors that the kernel needs from its caller on this device; none if it cannot be used here.
+
+    Those of a kernel with sizes that only a call knows are its own (`build_launcher`): Inductor plans none.
+    """
     from torch_llmkernels.kernels.launch import workspaces
     from torch_llmkernels.kernels.source import parse_kernel
     from torch_llmkernels.kernels.targets import target_for

@@ -153,10 +153,6 @@ def why_not(kernel: Kernel, task: Task) -> str | None:
         if name in dynamic:
             expression = dict(kernel.dims)[name]
             return f"its static dim {name} = {expression.text!r} depends on a dynamic size of the task"
-    shapes = [e for w in kernel.workspace for e in w.shape]
-    for expression in shapes:
-        if expression.names & dynamic:
-            return f"a workspace's size {expression.text!r} depends on a dynamic size of the task, which is not supported"
     names = _base_environment(kernel, task, {}, None, None)
     try:
         _evaluate_dims(kernel, names)
@@ -292,19 +288,32 @@ def _literal(value: float) -> str:
     return f"{value}{suffix}" if value >= 0 else f"({value}{suffix})"
 
 
+def has_dynamic_workspace(kernel: Kernel, task: Task) -> bool:
+    """Whether some workspace's size depends on a dynamic size of the task, so that it is known at the call only."""
+    dynamic = _dynamic_names(kernel, task)
+    return any(e.names & dynamic for w in kernel.workspace for e in w.shape)
+
+
 def workspaces(
-    kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts | None = None
+    kernel: Kernel,
+    task: Task,
+    constants: Mapping[str, int],
+    facts: DeviceFacts | None = None,
+    symbols: Mapping[str, int] | None = None,
 ) -> tuple[Workspace, ...]:
     """The scratch tensors a caller allocates.
 
+    Args:
+        kernel, task, constants, facts: As for `environment`.
+        symbols: Values of the task's symbols; needed where `has_dynamic_workspace`.
+
     Raises:
-        NotApplicable: for a size that is dynamic, negative or without a value.
+        NotApplicable: for a size that is dynamic (without `symbols`), negative or without a value.
     """
-    dynamic = _dynamic_names(kernel, task)
-    if any(e.names & dynamic for w in kernel.workspace for e in w.shape):
+    if symbols is None and has_dynamic_workspace(kernel, task):
         raise NotApplicable(f"{kernel.name}: a workspace's size depends on a dynamic size of the task")
     try:
-        return workspaces_at(kernel, task, environment(kernel, task, constants, facts))
+        return workspaces_at(kernel, task, environment(kernel, task, constants, facts, symbols))
     except ExpressionError as error:
         raise NotApplicable(f"{kernel.name}: {error}") from None
 

@@ -71,7 +71,9 @@ class Kernel(Header):
         """
         inputs = {t.name for t in task.inputs}
         read = {arg for step in self.prepare for arg in step.args}
-        if not self.prepare or not read & inputs <= set(task.constant) or launch.is_dynamic(self, self.prepare, task):
+        if not self.prepare or not read & inputs <= set(task.constant):
+            return ()
+        if launch.is_dynamic(self, self.prepare, task) or launch.has_dynamic_workspace(self, task):
             return ()
         return tuple(w.name for w in self.workspace if w.name in read)
 
