@@ -31,13 +31,15 @@ from torch_llmkernels.evaluation import Evaluation, Record, Status
 from torch_llmkernels.search import journal, render
 from torch_llmkernels.search.budget import preset
 from torch_llmkernels.search.candidates import static_check
-from torch_llmkernels.search.engine import Engine, extend, open_run, result
+from torch_llmkernels.search.engine import Engine, extend, finish, open_run, result
 from torch_llmkernels.search.journal import Journal
 from torch_llmkernels.search.llm import ExchangeProvider, ReplayProvider, Reply
 from torch_llmkernels.search.run import Run
 from torch_llmkernels.search.tree import CONFIRM
 
 import tasks  # isort: skip
+
+PENDING = Reply(finish="pending")
 
 
 def searched(folder: Path, answer=default_answer, settings=SMALL, **changes):
@@ -278,6 +280,15 @@ class TestStopping:
         extend(engine.run, {"rounds": 3})
         longer, model, _ = searched(tmp_path)
         assert model.slots[0] == "r3.s0.ideas.a0" and result(longer.run).record.evaluation.time_ms == 1.5
+
+    def test_asked_to_finish_it_drops_open_prompts_and_checks_the_best_in_full(self, tmp_path: Path) -> None:
+        model = ScriptedModel(lambda role, slot: PENDING if slot.startswith("r2") else default_answer(role, slot))
+        engine = open_engine(tmp_path, SMALL, model, ScriptedPool())
+        engine.drive()
+        assert not engine.tree.ended and engine.open_prompts()
+        finish(engine.run)
+        engine.drive()
+        assert engine.tree.ended.startswith("finish") and result(engine.run).record is not None
 
     def test_a_wrong_key_stops_at_the_first_answer(self, tmp_path: Path) -> None:
         _, model, _ = searched(tmp_path, lambda r, s: Reply(finish="error", error="401 wrong key", fatal=True))

@@ -290,11 +290,12 @@ def non_finite_mismatch(
     eager = eager.to(got.dtype)
     if all_finite(got, eager, truth):
         return None
+    usual = truth[truth.isfinite()].abs().mean()  # a sum that cancels is as near as rounding lets values of this size be
     odd = ~(finite_mask(got) & finite_mask(eager) & finite_mask(truth))  # elsewhere nothing can be wrong
     places = odd.reshape(-1).nonzero().reshape(-1)
     shape, (got, eager, truth) = got.shape, (t.reshape(-1)[places] for t in (got, eager, truth))
     same_kind = _same_kind(got, eager)
-    close = (got.double() - truth).abs() <= truth.abs() / 32
+    close = (got.double() - truth).abs() <= truth.abs() / 32 + LONG_SUM_ROUNDING * usual
     better = got.isfinite() & ~eager.isfinite() & truth.to(got.dtype).isfinite() & close
     better |= ~eager.isfinite() & ~truth.isfinite() & _same_kind(got, truth.to(got.dtype))
     if order_decides:

@@ -14,7 +14,7 @@ from torch_llmkernels import settings as knobs
 from torch_llmkernels.errors import SearchError, SettingsError
 from torch_llmkernels.search import budget, journal, progress, render
 from torch_llmkernels.search.candidates import CompileCheck, StaticCheck, static_check
-from torch_llmkernels.search.engine import Engine, extend, open_run
+from torch_llmkernels.search.engine import Engine, extend, finish, open_run
 from torch_llmkernels.search.ideas import Idea
 from torch_llmkernels.search.llm import Provider, provider_for, write_atomic
 from torch_llmkernels.search.run import Goal, Run
@@ -59,6 +59,9 @@ def register_search(subparsers: Subparsers) -> None:
     parser = _action(actions, "extend", _extend, "go on with a run that has ended, with other numbers")
     _add_run(parser)
     parser.add_argument("numbers", nargs="+", metavar="NAME=VALUE", help="such as rounds=8 max_tokens=2000000")
+
+    parser = _action(actions, "finish", _finish, "ask no more: the best candidate so far has its full check at the next `evaluate`")
+    _add_run(parser)
 
     parser = _action(actions, "merge", _merge, "take in what a copy of the run has done meanwhile")
     _add_run(parser)
@@ -189,6 +192,14 @@ def _extend(args: argparse.Namespace) -> int:
     with _locked(args.folder):
         run = Run(args.folder)
         extend(run, _pairs(args.numbers))
+        print(_next(run))
+    return 0
+
+
+def _finish(args: argparse.Namespace) -> int:
+    with _locked(args.folder):
+        run = Run(args.folder)
+        finish(run)
         print(_next(run))
     return 0
 

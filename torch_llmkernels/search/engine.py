@@ -274,6 +274,12 @@ def open_run(directory: Path, goal: Goal | None = None) -> Run:
     return run
 
 
+def finish(run: Run) -> None:
+    """Ask no more: open prompts are dropped, what waits for the device is evaluated, and the best candidate has its full check."""
+    if not run.tree.stop:
+        run.record([{"event": "stop", "reason": "finish: asked for before the search had ended by itself"}])
+
+
 def extend(run: Run, changes: Mapping[str, Any]) -> None:
     """Go on with a search that has ended, with other numbers.
 
