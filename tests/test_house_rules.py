@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -156,6 +157,20 @@ def test_light_modules_do_not_import_torch() -> None:
 def test_a_lookup_imports_neither_a_client_nor_the_search() -> None:
     code = f"import sys, {ROOT}.resolve; assert not any(m == 'openai' or m.startswith('{ROOT}.search') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_everything_imported_is_declared() -> None:
+    """What the built wheel needs is what it says it needs; sympy comes with torch, `cuda` is cuda-bindings'."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["cuda"], *project["optional-dependencies"]["ray"]]
+    known = {re.match(r"[\w-]+", line)[0] for line in declared} | {"cuda", "sympy", ROOT, *sys.stdlib_module_names}
+    imported: set[str] = set()
+    for node in (node for tree in TREES.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            imported.add(node.module.split(".")[0])
+    assert imported - known == set()
 
 
 @pytest.mark.parametrize("name", torch_llmkernels.__all__)

@@ -15,8 +15,7 @@
     │   ├── WorkerTimeout        it ran past its limit and was killed
     │   └── WorkerDied           it exited without an answer
     └── SearchError              a search cannot go on
-        ├── ProviderError        a language model endpoint gave no usable answer
-        └── BudgetExhausted      the search spent what it was given
+        └── ProviderError        a language model endpoint gave no usable answer
 
 Every message says what happened, where, and what to do next. All of them cross process boundaries by pickle.
 """
@@ -113,7 +112,3 @@ class SearchError(LLMKernelsError):
 
 class ProviderError(SearchError):
     """A language model endpoint gave no usable answer."""
-
-
-class BudgetExhausted(SearchError):
-    """The search spent what it was given."""

@@ -17,7 +17,6 @@ from torch_llmkernels.search.budget import SearchSettings, Spend
 from torch_llmkernels.search.ideas import Idea
 from torch_llmkernels.search.journal import SCHEMA
 
-BANK_ROUND = 0
 CONFIRM = "confirm"
 """Tier of a second quick evaluation: a search does not end at its floor on the strength of one."""
 
