@@ -60,7 +60,7 @@ def register_search(subparsers: Subparsers) -> None:
     _add_run(parser)
     parser.add_argument("numbers", nargs="+", metavar="NAME=VALUE", help="such as rounds=8 max_tokens=2000000")
 
-    parser = _action(actions, "finish", _finish, "ask no more: the best candidate so far has its full check at the next `evaluate`")
+    parser = _action(actions, "finish", _finish, "ask no more; the best candidate has its full check at the next `evaluate`")
     _add_run(parser)
 
     parser = _action(actions, "merge", _merge, "take in what a copy of the run has done meanwhile")

@@ -275,7 +275,7 @@ def open_run(directory: Path, goal: Goal | None = None) -> Run:
 
 
 def finish(run: Run) -> None:
-    """Ask no more: open prompts are dropped, what waits for the device is evaluated, and the best candidate has its full check."""
+    """Ask no more: open prompts are dropped, and the best candidate so far has its full check."""
     if not run.tree.stop:
         run.record([{"event": "stop", "reason": "finish: asked for before the search had ended by itself"}])
 
