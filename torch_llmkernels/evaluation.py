@@ -127,7 +127,7 @@ class Evaluation:
         constants: The tunables that were used.
         errors: One entry per output and distribution; present from WRONG (by values) on.
         time_ms: Median milliseconds per call; TIMED only.
-        spread: Interquartile range over the median of the kernel's samples; TIMED only.
+        spread: Share of the speedup by which its lower quartile over the turns lies below its median; TIMED only.
         baselines_ms: Median milliseconds of `eager`, `inductor` (and others) interleaved with the kernel; TIMED only.
         ratios: Each baseline's time over the kernel's, median over the turns in which both ran; empty in records without it.
         floor_ms: The roofline floor on this device; 0 if unknown.

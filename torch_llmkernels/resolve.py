@@ -155,7 +155,7 @@ def choose(known: Decision, task: Task, settings: Settings) -> Decision:
     """Swap or not: the one place where that is decided.
 
     `swap="correct"` takes any correct kernel. `swap="fastest"` takes one only if the best baseline's time over its own is at
-    least `min_speedup` and clears the spread of its own samples.
+    least `min_speedup`, and it also wins at the lower quartile of the turns in which both ran.
     """
     record = known.record
     if record is None:
@@ -165,7 +165,7 @@ def choose(known: Decision, task: Task, settings: Settings) -> Decision:
     speedup = record.evaluation.speedup
     if speedup is None:
         return dataclasses.replace(known, record=None, reason="kept Inductor: the kernel is correct but was not timed")
-    needed = max(settings.min_speedup, 1.0 + (record.evaluation.spread or 0.0))
+    needed = max(settings.min_speedup, 1.0 / max(1.0 - (record.evaluation.spread or 0.0), 1e-3))
     if speedup < needed:
         reason = f"kept Inductor: {record.kernel_name} runs at {speedup:.2f}x the best baseline, {needed:.2f}x is needed"
         return dataclasses.replace(known, record=None, reason=reason)

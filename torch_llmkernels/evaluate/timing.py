@@ -46,7 +46,9 @@ class Times:
 
     Attributes:
         kernel_ms: The candidate's.
-        spread: Interquartile range of its samples (medians of groups of them, if there are many) over its median.
+        spread: How far the lower quartile of the ratio to the best baseline lies below its median, as a share of it (quartiles
+            over turns, or medians of groups of them, if there are many): the kernel wins in three quarters of the turns if
+            ratio * (1 - spread) > 1.
         baselines_ms: (name, milliseconds) of `eager` and, where it compiles, `inductor`.
         ratios: (name, baseline's time over the kernel's): the median over turns, so that a machine that slows down for a while
             slows both sides of every ratio.
@@ -115,9 +117,8 @@ class Subject:
 
     @property
     def spread(self) -> float:
-        size = max(1, len(self.samples) // GROUPS) if len(self.samples) >= 4 * GROUPS else 1
-        medians = [statistics.median(self.samples[i : i + size]) for i in range(0, len(self.samples) - size + 1, size)]
-        low, _, high = statistics.quantiles(medians, n=4)
+        """Interquartile range over the median."""
+        low, _, high = statistics.quantiles(_grouped(self.samples), n=4)
         return (high - low) / self.median if self.median else 0.0
 
 
@@ -202,7 +203,7 @@ class Stopwatch:
                     self._renew()
                     subject.sample()
         turns = [statistics.median(turn) for turn in zip(*(s.samples for s in subjects), strict=True)]
-        return [paired(s.samples, turns) for s in subjects]
+        return [statistics.median(paired(s.samples, turns)) for s in subjects]
 
     def _calls_in_scratch(self, run: Run, specs: Sequence[TensorSpec]) -> list[Callable[[], Any]]:
         return [
@@ -236,8 +237,10 @@ class Stopwatch:
                     subject.sample()
             mismatch = self._mismatch(kernel, checked)
         times = tuple((s.name, s.median) for s in baselines)
-        ratios = tuple((s.name, paired(s.samples, kernel.samples)) for s in baselines)
-        return Times(kernel.median, kernel.spread, times, ratios, mismatch)
+        turns_of = {s.name: paired(s.samples, kernel.samples) for s in baselines}
+        ratios = tuple((name, statistics.median(found)) for name, found in turns_of.items())
+        best = min(ratios, key=lambda ratio: ratio[1])[0]
+        return Times(kernel.median, lower_spread(turns_of[best]), times, ratios, mismatch)
 
     def _kernel_calls(self, run: Run) -> list[Callable[[], Any]]:
         return [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
@@ -295,9 +298,21 @@ def _pool(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.numel() + POOL_EXTRA, dtype=tensor.dtype, device=tensor.device).normal_()
 
 
-def paired(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median of the ratios of samples that were taken in the same turns; positive milliseconds."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+def paired(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Ratios of samples that were taken in the same turns; positive milliseconds."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def lower_spread(ratios: Sequence[float]) -> float:
+    """See `Times.spread`. One disturbed turn in four does not widen it, as it does a range or a deviation."""
+    middle = statistics.median(ratios)
+    return max(0.0, (middle - statistics.quantiles(_grouped(ratios), n=4)[0]) / middle)
+
+
+def _grouped(samples: Sequence[float]) -> list[float]:
+    """Medians of groups of consecutive samples, or the samples if there are few."""
+    size = max(1, len(samples) // GROUPS) if len(samples) >= 4 * GROUPS else 1
+    return [statistics.median(samples[i : i + size]) for i in range(0, len(samples) - size + 1, size)]
 
 
 def scratch(candidates: Sequence[Sequence[TensorSpec]]) -> TensorSpec:

@@ -304,7 +304,7 @@ def measurements(evaluation: Evaluation) -> list[str]:
     lines = []
     if evaluation.time_ms:
         floor = f", {evaluation.floor_ms / evaluation.time_ms:.0%} of the roofline floor's speed" if evaluation.floor_ms else ""
-        lines.append(f"time {evaluation.time_ms:.4g} ms (spread {evaluation.spread:.1%}){floor}")
+        lines.append(f"time {evaluation.time_ms:.4g} ms (noise {evaluation.spread:.1%}){floor}")
         times = ", ".join(
             f"{name} {ms:.4g} ms ({ms / evaluation.time_ms:.2f}x this kernel's time)" for name, ms in evaluation.baselines_ms
         )
