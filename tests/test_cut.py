@@ -11,6 +11,7 @@ import pytest
 import torch
 from tasks import contiguous, layer_norm_task, matmul_task, relu_add_task
 
+from torch_llmkernels.cache.library import Library
 from torch_llmkernels.evaluate.buffers import assign, empty
 from torch_llmkernels.evaluate.cut import MOST_BYTES, MOST_FLOPS, cut, groups_of, span, with_sizes
 from torch_llmkernels.evaluate.inputs import InputGenerator
@@ -41,12 +42,13 @@ def shapes(task: Task) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("record", records())
 def test_every_shipped_kernel_serves_a_small_cut_of_its_task_with_its_constants(record: dict[str, Any]) -> None:
     task = Task.from_json(record["task"])
-    (path,) = (CACHE / task.signature).glob(f"{record['kernel_name']}.c*")
+    found = Library(CACHE, strict=True).record(task.key, record["device_kind"])
+    assert found is not None
     facts = facts_for_arch("sm_90a") if task.device == "cuda" else cpu_facts()
-    small = reduced(Job(task, path.read_text(), path.stem, constants=record["constants"]), facts)
+    small = reduced(Job(task, found.kernel_text, found.kernel_name, constants=record["constants"]), facts)
     assert small is not None and small.constants == record["constants"]
     assert span(small.task) <= MOST_BYTES and count_flops(small.task)[0] <= MOST_FLOPS
-    assert record["constants"] in parse_kernel(path.read_text()).tunings(small.task, facts)
+    assert record["constants"] in parse_kernel(found.kernel_text).tunings(small.task, facts)
     assert shapes(small.task).keys() == shapes(task.at()).keys()
 
 
@@ -116,3 +118,11 @@ def test_order_gaps_and_repeats_of_the_layout_are_kept(stride: tuple[int, int], 
     assert small is not None
     assert small.inputs[0].stride == expected and small.outputs[0].stride == (49, 1)
     assert torch.empty_strided(small.inputs[0].shape, small.inputs[0].stride).shape == (33, 49)
+
+
+def test_a_convolution_s_bias_has_a_value_per_output_channel() -> None:
+    tasks = (Task.from_json(json.loads(p.read_text())["task"]) for p in sorted((CACHE / "records").rglob("*.json")))
+    task = next(t for t in tasks if t.signature.startswith("conv2d") and any(i.name == "bias" for i in t.inputs))
+    channels = dict((t.name, t.shape) for t in task.inputs)["bias"][0]
+    assert with_sizes(task, {("input", "bias", 0): channels + 1}) is None
+    assert with_sizes(task, {("input", "bias", 0): channels + 1, ("input", "weight", 0): channels + 1}) is not None

@@ -15,7 +15,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
-from torch_llmkernels import plan, registry
+from torch_llmkernels import backend, plan, registry
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.run import evaluate
 from torch_llmkernels.evaluation import Status
@@ -92,6 +92,7 @@ def library(root: Path) -> dict[str, object]:
 @pytest.fixture
 def compiled(tmp_path: Path) -> Iterator[Callable]:
     """`torch.compile` with that library."""
+    backend.register()  # where the package is on the path but not installed
     torch._dynamo.reset()
     plan.forget()
     registry.clear()

@@ -190,7 +190,17 @@ def _resized(spec: TensorSpec, shape: list[int]) -> TensorSpec:
     return dataclasses.replace(spec, shape=tuple(shape), stride=tuple(strides))
 
 
+def _biases_fit(task: Task) -> bool:
+    """Whether every convolution's bias has a value per output channel, which the operator does not check on meta tensors."""
+    shapes = {t.name: t.shape for t in task.inputs}
+    calls = [node.args[1:3] for node in task.program if node.op.startswith("aten.convolution.")]
+    pairs = [(weight["v"], bias["v"]) for weight, bias in calls if bias is not None]
+    return all(shapes[b][0] == shapes[w][0] for w, b in pairs if w in shapes and b in shapes)
+
+
 def _output_shapes(task: Task) -> list[list[int]] | None:
+    if not _biases_fit(task):
+        return None
     inputs = [torch.empty([int(d) for d in t.shape], dtype=dtype_of(t), device="meta") for t in task.inputs]
     try:
         with torch.no_grad():
