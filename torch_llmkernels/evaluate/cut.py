@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -158,7 +159,8 @@ def with_sizes(task: Task, changes: Mapping[Slot, int]) -> Task | None:
         (name, tuple(changes.get(("param", name, i), v) for i, v in enumerate(value)) if isinstance(value, tuple) else value)
         for name, value in task.params
     )
-    program = tuple(_reargued(number, node, changes) for number, node in enumerate(task.program))
+    shapes = {t.name: t.shape for t in inputs}
+    program = tuple(_derived(_reargued(number, node, changes), shapes) for number, node in enumerate(task.program))
     changed = dataclasses.replace(task, inputs=inputs, params=params, program=program)
     shapes = _output_shapes(changed)
     if shapes is None or any(len(shape) != len(t.shape) for shape, t in zip(shapes, task.outputs, strict=True)):
@@ -176,6 +178,14 @@ def _reargued(number: int, node: Node, changes: Mapping[Slot, int]) -> Node:
         else:
             args[index] = changes.get(("arg", place, -1), value)
     return dataclasses.replace(node, args=tuple(args))
+
+
+def _derived(node: Node, shapes: Mapping[str, tuple[Any, ...]]) -> Node:
+    """The call with the literals that repeat its input's shape: group norm is told N, C and H * W."""
+    if not node.op.startswith("aten.native_group_norm.") or node.args[0]["v"] not in shapes:
+        return node
+    batch, channels, *image = shapes[node.args[0]["v"]]
+    return dataclasses.replace(node, args=(*node.args[:3], batch, channels, math.prod(image), *node.args[6:]))
 
 
 def _resized(spec: TensorSpec, shape: list[int]) -> TensorSpec:
