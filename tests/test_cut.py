@@ -13,7 +13,7 @@ from tasks import contiguous, layer_norm_task, matmul_task, relu_add_task
 
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.evaluate.buffers import assign, empty
-from torch_llmkernels.evaluate.cut import MOST_BYTES, MOST_FLOPS, cut, groups_of, span, with_sizes
+from torch_llmkernels.evaluate.cut import MOST_BYTES, MOST_FLOPS, STUCK_BYTES, cut, groups_of, span, with_sizes
 from torch_llmkernels.evaluate.inputs import InputGenerator
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.roofline import count_flops
@@ -47,7 +47,9 @@ def test_every_shipped_kernel_serves_a_small_cut_of_its_task_with_its_constants(
     facts = facts_for_arch("sm_90a") if task.device == "cuda" else cpu_facts()
     small = reduced(Job(task, found.kernel_text, found.kernel_name, constants=record["constants"]), facts)
     assert small is not None and small.constants == record["constants"]
-    assert span(small.task) <= MOST_BYTES and count_flops(small.task)[0] <= MOST_FLOPS
+    # the group norm's constants, four blocks a group, are for groups as large as the task's: only the batch can shrink
+    assert span(small.task) <= (STUCK_BYTES if task.signature == "group_norm" else MOST_BYTES)
+    assert count_flops(small.task)[0] <= MOST_FLOPS
     assert record["constants"] in parse_kernel(found.kernel_text).tunings(small.task, facts)
     assert shapes(small.task).keys() == shapes(task.at()).keys()
 
@@ -123,6 +125,6 @@ def test_order_gaps_and_repeats_of_the_layout_are_kept(stride: tuple[int, int], 
 def test_a_convolution_s_bias_has_a_value_per_output_channel() -> None:
     tasks = (Task.from_json(json.loads(p.read_text())["task"]) for p in sorted((CACHE / "records").rglob("*.json")))
     task = next(t for t in tasks if t.signature.startswith("conv2d") and any(i.name == "bias" for i in t.inputs))
-    channels = dict((t.name, t.shape) for t in task.inputs)["bias"][0]
+    channels = {t.name: t.shape for t in task.inputs}["bias"][0]
     assert with_sizes(task, {("input", "bias", 0): channels + 1}) is None
     assert with_sizes(task, {("input", "bias", 0): channels + 1, ("input", "weight", 0): channels + 1}) is not None
