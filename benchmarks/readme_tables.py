@@ -86,7 +86,9 @@ def models(result: Result) -> str:
         "model", "eager ms", "Inductor ms", "ours ms", "Inductor reduce-overhead ms", "ours reduce-overhead ms", "gain",
         "gain, reduce-overhead", "swaps", "Inductor compile s", "our compile s", "of it verifying", "accuracy",
     ]  # fmt: skip
-    return markdown(columns, rows) + "".join(f"\n\n{line}" for line in means(result))
+    shown = [i for i, _ in enumerate(columns) if any(row[i] is not None for row in rows)]  # not every run has every mode
+    table = markdown([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    return table + "".join(f"\n\n{line}" for line in means(result))
 
 
 def means(result: Result) -> list[str]:
@@ -168,7 +170,7 @@ def section(result: Result, name: str) -> str:
     """One device's table under a line that says where and how it was measured."""
     versions = result["versions"]
     where = f"{result['device']}, torch {versions.get('torch', '?')}, commit {result['commit']}, {result['date']}"
-    image = f"\n\n![{name}](benchmarks/results/{result['device_kind']}/{name}.svg)" if speedups(result, name) else ""
+    image = f"\n\n![{name}](benchmarks/results/{result['device_kind']}/{result['file']}.svg)" if speedups(result, name) else ""
     return f"**{where}**\n\n{TABLES[name](result)}{image}"
 
 
@@ -184,8 +186,9 @@ def speedups(result: Result, name: str) -> list[tuple[str, float]]:
 
 
 def load(results: Path, name: str) -> list[Result]:
-    """The result files of one benchmark, by device kind."""
-    return [json.loads(path.read_text()) for path in sorted(results.glob(f"*/{name}.json"))]
+    """The result files of one benchmark, by device kind: `models.json` and further runs such as `models-bert.json`."""
+    paths = sorted([*results.glob(f"*/{name}.json"), *results.glob(f"*/{name}-*.json")], key=lambda p: (p.parent, len(p.name)))
+    return [{**json.loads(path.read_text()), "file": path.stem} for path in paths]
 
 
 def rendered(readme: str, results: Path) -> str:
@@ -218,7 +221,7 @@ def plots(results: Path) -> dict[Path, str]:
             if rows := speedups(result, name):
                 versus = "the best of eager, Inductor and max-autotune" if name == "operators" else "Inductor"
                 title = f"{name} on {result['device']}: time of {versus} over ours"
-                found[results / result["device_kind"] / f"{name}.svg"] = bars(title, rows)
+                found[results / result["device_kind"] / f"{result['file']}.svg"] = bars(title, rows)
     return found
 
 
