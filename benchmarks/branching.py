@@ -3,6 +3,7 @@
 From recorded journals (runs of one task with different presets), or from searches run now with a provider:
 
     python benchmarks/branching.py [RUN ...]                                   # default: every folder of cache/journals
+    python benchmarks/branching.py --docs                                      # and write the table into docs/search.md
     python benchmarks/branching.py --task TASK.json --provider openai --model MODEL --tokens 300000 [--folder searches/branching]
 
 A kernel counts from the moment its reply was paid for. The table says what happened in these runs; one run of each is one sample.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,17 +74,39 @@ def compare(runs: Sequence[tuple[Goal, Tree, list[Mapping[str, Any]]]]) -> list[
             points = curve(tree, events)
             best = [reached(points, budget * share) for share in SHARES]
             rows.append({"task": goal.task.signature, "device": goal.facts.get("kind", ""), "preset": goal.preset,
-                         "tokens": budget, "best": best, "candidates": len(tree.candidates)})  # fmt: skip
+                         "tokens": budget, "best": best, "full": checked(tree), "candidates": len(tree.candidates)})  # fmt: skip
     return rows
+
+
+def checked(tree: Tree) -> float | None:
+    """The winner's speedup in its full check, a second measurement of what was the best of many."""
+    winner = tree.candidates.get(tree.winner)
+    return winner.evaluations["full"].speedup if winner else None
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """Best speedup over the best baseline at shares of the common budget."""
-    grid = Table("task", "device", "search", "budget", *(f"at {share:.0%}" for share in SHARES), "candidates", box=box.SIMPLE)
+    grid = Table(*COLUMNS, box=box.SIMPLE)
     for row in rows:
-        cells = ["-" if value is None else f"{value:.2f}x" for value in row["best"]]
-        grid.add_row(row["task"], row["device"], row["preset"], f"{row['tokens'] / 1e3:.0f} k", *cells, str(row["candidates"]))
+        grid.add_row(*cells(row))
     return grid
+
+
+COLUMNS = ("task", "device", "search", "tokens", *(f"at {share:.0%}" for share in SHARES), "full check", "candidates")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of the table, as text."""
+    speedups = ["-" if value is None else f"{value:.2f}x" for value in (*row["best"], row["full"])]
+    search = FOIL if row["preset"] == FOIL else f"branching ({row['preset']})"
+    return [row["task"], row["device"], search, f"{row['tokens'] / 1e3:.0f} k", *speedups, str(row["candidates"])]
+
+
+def write(rows: Sequence[Mapping[str, Any]], page: Path) -> None:
+    """The table in Markdown, between the page's `<!-- begin:branching -->` and `<!-- end:branching -->`."""
+    lines = ["| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *(cells(row) for row in rows))]
+    place = re.compile(r"(<!-- begin:branching -->\n).*?(<!-- end:branching -->)", re.DOTALL)
+    page.write_text(place.sub(lambda match: "\n".join([match[1].rstrip(), *lines, match[2]]), page.read_text()))
 
 
 def search(task: Task, name: str, args: argparse.Namespace) -> Path:
@@ -107,6 +131,7 @@ def search(task: Task, name: str, args: argparse.Namespace) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*", help="folders of searches (default: cache/journals)")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/search.md")
     parser.add_argument("--task", type=Path, action="append", default=[], help="a task's JSON file, to be searched both ways now")
     parser.add_argument("--provider", default="openai", help="who answers, as for `llmkernels search`")
     parser.add_argument("--model", default="", help="for openai, as for `llmkernels search`")
@@ -124,6 +149,8 @@ def main() -> None:
         print(f"no task among {len(folders)} searches was searched both ways (preset {FOIL!r} and another)")
         return
     Console(width=150).print(table(rows))
+    if args.docs:
+        write(rows, ROOT / "docs" / "search.md")
 
 
 if __name__ == "__main__":
