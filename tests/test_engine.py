@@ -28,7 +28,7 @@ from scripted_search import (
 
 from torch_llmkernels.errors import SearchError
 from torch_llmkernels.evaluation import Evaluation, Record, Status
-from torch_llmkernels.search import journal, render
+from torch_llmkernels.search import journal, progress, render
 from torch_llmkernels.search.budget import preset
 from torch_llmkernels.search.candidates import static_check
 from torch_llmkernels.search.engine import Engine, extend, finish, open_run, result
@@ -431,6 +431,53 @@ class TestInPieces:
         merged = Engine(open_run(here), provider=ExchangeProvider(here / "exchange"), pool=ScriptedPool())
         merged.drive()
         assert len(merged.tree.candidates) == 4
+
+    @staticmethod
+    def step(folder: Path, settings=None) -> Engine:
+        """What one `search step` does; evaluates as well."""
+        run = open_run(folder, goal(settings, provider="exchange") if settings else None)
+        engine = Engine(run, provider=ExchangeProvider(folder / "exchange"), pool=ScriptedPool())
+        engine.drive()
+        return engine
+
+    @staticmethod
+    def reply(engine: Engine, long: str = "", only: str = "") -> None:
+        """Answer what is open, with `long` after it."""
+        folder = engine.run.directory / "exchange"
+        for prompt in engine.open_prompts():
+            if prompt.slot.startswith(only):
+                (folder / "replies" / f"{prompt.id}.md").write_text(default_answer(prompt.role, prompt.slot) + long)
+
+    def test_a_reply_to_an_issued_prompt_is_read_whatever_the_others_came_to(self, tmp_path: Path) -> None:
+        settings = preset("default", rounds=3, ideas=2, variants=1, max_tokens=100_000)
+        self.reply(self.step(tmp_path, settings))
+        engine = self.step(tmp_path)
+        assert [p.slot for p in engine.open_prompts()] == ["r1.s0.i0.v0.a0", "r1.s0.i1.v0.a0"]
+        self.reply(engine, long="\n" + "words " * 100_000, only="r1.s0.i0")  # one reply of many times what was reserved for it
+        engine = self.step(tmp_path)
+        assert engine.tree.spent.tokens > settings.max_tokens and not engine.tree.stop  # the other reply may still come
+        self.reply(engine)
+        engine = self.step(tmp_path)
+        assert "max_tokens" in engine.tree.ended and len(engine.tree.ranking()) == 2
+        assert engine.open_prompts() == [] and progress.summary(engine.run)["waiting_for_replies"] == 0
+
+    def test_replies_on_disk_are_taken_in_when_the_time_is_up(self, tmp_path: Path) -> None:
+        engine = self.step(tmp_path, preset("default", rounds=2, max_seconds=1000.0))
+        self.reply(engine)
+        late = {"event": "warning", "text": "a later process", "at": 1.0, "clock": 2000.0}
+        with open(tmp_path / "journal.jsonl", "a") as file:
+            file.write(json.dumps(late) + "\n")
+        engine = self.step(tmp_path)
+        assert "max_seconds" in engine.tree.stop and all(p.reply for p in engine.tree.prompts.values() if p.role == "ideas")
+
+    def test_a_prompt_that_the_budget_holds_back_is_not_listed_as_open(self, tmp_path: Path) -> None:
+        self.reply(self.step(tmp_path, preset("default", ideas=3, variants=1, max_tokens=32_000)))
+        engine = self.step(tmp_path)
+        written = {path.stem for path in (tmp_path / "exchange" / "prompts").iterdir()}
+        assert len(engine.wanted()) == 2 and [p.id in written for p in engine.wanted()] == [True, False]
+        assert [p.id for p in engine.open_prompts()] == [engine.wanted()[0].id]
+        state = progress.summary(engine.run)
+        assert (state["waiting_for_replies"], state["not_issued"]) == (1, 1) and "max_tokens" in state["withheld"]
 
     def test_an_empty_reply_file_is_one_not_written_yet(self, tmp_path: Path) -> None:
         engine = Engine(open_run(tmp_path, goal()), provider=ExchangeProvider(tmp_path / "exchange"))

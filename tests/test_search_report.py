@@ -17,7 +17,8 @@ from scripted_search import SMALL, ScriptedModel, ScriptedPool, code_reply, defa
 from torch_llmkernels.cli import main
 from torch_llmkernels.evaluation import Evaluation
 from torch_llmkernels.search import progress
-from torch_llmkernels.search.engine import open_run
+from torch_llmkernels.search.engine import finish, open_run
+from torch_llmkernels.search.llm import Reply
 from torch_llmkernels.search.report import dataset, render_html
 from torch_llmkernels.search.run import Run
 from torch_llmkernels.task import Task
@@ -184,6 +185,29 @@ class TestCommands:
             (folder / "exchange" / "replies" / f"{waiting.id}.md").write_text(code_reply("1.0"))
         assert main(["search", "step", str(folder), "--no-compile"]) == 0
         assert "1 candidates wait for the device" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("ended", "advice"), [
+        ("rounds: all 2 are done", "extend RUN rounds=4"), ("plateau: 2 rounds gained less than 2%", "extend RUN patience=7"),
+        ("budget: the next request could pass 1,000,000 tokens (max_tokens; 9 spent)", "extend RUN max_tokens=2000000"),
+        ("floor: 1 ms is within 5% of the roofline floor", "extend RUN floor_margin=0.025"),
+        ("provider: 401 wrong key", "step RUN"),
+    ])  # fmt: skip
+    def test_an_ended_run_says_why_and_how_to_go_on(self, run: Run, ended: str, advice: str) -> None:
+        from torch_llmkernels.search.commands import _next
+
+        run.tree.ended = ended
+        assert _next(run) == f"ended: {ended}\nto go on: llmkernels search {advice.replace('RUN', str(run.directory))}"
+
+    def test_a_step_of_an_ended_exchange_asks_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        answer = lambda r, s: Reply(finish="pending") if s.startswith("r2") else default_answer(r, s)  # noqa: E731
+        engine = open_engine(tmp_path, SMALL, ScriptedModel(answer), ScriptedPool(), provider="exchange")
+        engine.drive()
+        finish(engine.run)
+        engine.drive()
+        assert main(["search", "step", str(tmp_path), "--no-compile"]) == 0
+        said = capsys.readouterr().out
+        assert "ended: finish" in said and "search extend" in said and "prompts" not in said
+        assert not (tmp_path / "exchange").exists() and "without a reply when" in render_html(Run(tmp_path))
 
     @pytest.mark.parametrize(("arguments", "code", "words"), [
         (["status", "nowhere"], 1, "holds no search"),

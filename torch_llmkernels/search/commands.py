@@ -437,19 +437,36 @@ def _next(run: Run) -> str:
     """What has to happen for the search to go on."""
     state, tree = progress.summary(run), run.tree
     if tree.ended:
-        return f"ended: {tree.ended}" + ("" if tree.winner else "; no candidate passed the full check")
+        failed = "" if tree.winner else "; no candidate passed the full check"
+        return f"ended: {tree.ended}{failed}\nto go on: llmkernels search {_again(run)}"
     steps = []
-    if state["waiting_for_replies"] and run.goal.provider.startswith("exchange"):
-        folder = run.goal.provider.partition(":")[2] or run.directory / "exchange"
+    if state["waiting_for_replies"] and run.exchange:
+        folder = run.exchange
         steps.append(f"answer {state['waiting_for_replies']} prompts, {folder}/prompts/*.md in {folder}/replies/*.md, then: "
                      f"llmkernels search step {run.directory}")  # fmt: skip
     elif state["waiting_for_replies"]:
         steps.append(f"{state['waiting_for_replies']} prompts wait for the model: llmkernels search step {run.directory}")
+    if state["withheld"]:
+        steps.append(f"{state['not_issued']} prompts are not issued: budget: {state['withheld']}")
     if state["waiting_for_evaluation"]:
         steps.append(
             f"{state['waiting_for_evaluation']} candidates wait for the device: llmkernels search evaluate {run.directory}"
         )
     return "\n".join(steps) or f"next: llmkernels search step {run.directory}"
+
+
+def _again(run: Run) -> str:
+    """The action that goes on with an ended search: the number that it ended at, changed; a step if its endpoint failed."""
+    settings, ended = run.goal.settings, run.tree.ended
+    limits = ("max_tokens", "max_candidates", "max_seconds", "max_cost")
+    if ended.startswith("provider"):
+        return f"step {run.directory}"
+    if name := next((name for name in limits if f"({name}" in ended), ""):
+        return f"extend {run.directory} {name}={2 * getattr(settings, name):.12g}"
+    if ended.startswith("floor"):
+        return f"extend {run.directory} floor_margin={settings.floor_margin / 2:g}"
+    name = "patience" if ended.startswith("plateau") else "rounds"
+    return f"extend {run.directory} {name}={getattr(settings, name) + 2}"
 
 
 def _estimate(goal: Goal) -> budget.Estimate:

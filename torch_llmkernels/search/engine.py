@@ -22,7 +22,7 @@ from torch_llmkernels.evaluation import Evaluation, Record, Status
 from torch_llmkernels.search.budget import Meter, SearchSettings, Spend, cost
 from torch_llmkernels.search.candidates import StaticCheck, static_check
 from torch_llmkernels.search.journal import Event
-from torch_llmkernels.search.llm import Provider, Reply
+from torch_llmkernels.search.llm import ExchangeProvider, Provider, Reply
 from torch_llmkernels.search.run import Goal, Run
 from torch_llmkernels.search.steps import STEPS, record_of
 from torch_llmkernels.search.tree import CONFIRM, Candidate, Prompt, place
@@ -91,10 +91,15 @@ class Engine:
         return len(self.run.journal.events) > before
 
     def dispatch(self) -> None:
-        """Send prompts to the model as far as the budget goes, and candidates to the pool."""
+        """Send prompts to the model as far as the budget goes, and candidates to the pool.
+
+        The budget is asked once, when a prompt is issued. One that lies in an exchange folder was let through then, and its reply
+        costs no more if it is read than if it is dropped: so it goes first, is never refused (whatever the replies before it came
+        to), and counts as in flight while the budget judges new ones. A search stops for its budget when all of these are in.
+        """
         if self.provider is not None and not self.fatal:
-            for prompt in self.unasked():
-                if self.asking() >= self.provider.concurrency or self.refusal(prompt):
+            for prompt in sorted(self.unasked(), key=lambda p: not self.issued(p)):
+                if self.asking() >= self.provider.concurrency or (not self.issued(prompt) and self.refusal(prompt)):
                     break
                 self._ask(prompt)
             self.asked = True
@@ -120,15 +125,33 @@ class Engine:
 
     # What is open.
 
-    def open_prompts(self) -> list[Prompt]:
-        """Prompts without a reply that the search still wants, in order of place."""
-        if self.tree.stop:
+    def wanted(self) -> list[Prompt]:
+        """Prompts without a reply that the search still wants, issued or not, in order of place."""
+        if self.tree.stop or self.tree.ended:
             return []
         return sorted((p for p in self.tree.prompts.values() if p.reply is None and not p.error), key=lambda p: place(p.slot))
 
+    def open_prompts(self) -> list[Prompt]:
+        """Wanted prompts that someone can answer now: those that were issued. None once the search has stopped."""
+        return [p for p in self.wanted() if self.issued(p)]
+
+    def issued(self, prompt: Prompt) -> bool:
+        """Whether a prompt has left: it lies in the exchange folder, or this process sent it."""
+        if isinstance(self.provider, ExchangeProvider):
+            return self.provider.issued(prompt.id)
+        return prompt.id in self.meter.flying
+
     def unasked(self) -> list[Prompt]:
-        """Open prompts that this process has not sent."""
-        return [p for p in self.open_prompts() if p.id not in self.meter.flying]
+        """Wanted prompts that this process has not sent."""
+        return [p for p in self.wanted() if p.id not in self.meter.flying]
+
+    def withheld(self) -> tuple[int, str]:
+        """How many wanted prompts were not issued, and why the budget forbids the first, with all issued ones in flight."""
+        self._measure()
+        held = [p for p in self.wanted() if not self.issued(p)]
+        for prompt in self.open_prompts():
+            self.meter.take_off(prompt.id, prompt.role, self.tree.systems[prompt.system] + prompt.text)
+        return len(held), self.refusal(held[0]) if held else ""
 
     def waiting(self) -> list[tuple[Candidate, str]]:
         """Candidates and the tier of the evaluation they wait for; after the stop, the one finalist.
@@ -136,7 +159,7 @@ class Engine:
         At the end of a round whose best seems to be at the floor, that one is evaluated a second time.
         """
         if not self.tree.stop:
-            doubtful = None if self.open_prompts() else self.tree.unconfirmed(self.goal.floor_ms)
+            doubtful = None if self.wanted() else self.tree.unconfirmed(self.goal.floor_ms)
             return [(c, "quick") for c in self.tree.unevaluated()] or ([(doubtful, CONFIRM)] if doubtful else [])
         finalist = self.finalist()
         return [(finalist, "full")] if finalist else []
@@ -193,8 +216,11 @@ class Engine:
         return [{"event": "evaluation", "id": identity, "tier": tier, "evaluation": future.result().to_json()}]
 
     def _abandon(self) -> None:
-        """Time is up: nothing in flight is waited for."""
+        """Time is up: nothing in flight is waited for, but replies that lie in an exchange folder are taken in."""
         for future, (kind, identity) in list(self.flights.items()):
+            if kind == "reply" and isinstance(self.provider, ExchangeProvider) and self.provider.answered(identity):
+                self.run.record(self._landed(identity, future.result()))
+                continue
             future.cancel()
             if kind == "reply":
                 self.meter.land(identity)

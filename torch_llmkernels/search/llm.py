@@ -75,7 +75,7 @@ class ExchangeProvider:
     """A folder is the model: prompts appear in `prompts/<id>.md`, and whoever answers writes `replies/<id>.md`.
 
     Args:
-        folder: Holds both; created.
+        folder: Holds both; created with the first prompt.
         wait_s: Seconds to wait for an answer before `pending` is returned; 0 looks once.
         poll_s: Seconds between looks.
     """
@@ -85,14 +85,22 @@ class ExchangeProvider:
         self.concurrency = 1 << 16  # every prompt is a file at once: people and agents pick
         self.wait_s = wait_s
         self.poll_s = poll_s
-        for name in ("prompts", "replies"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+
+    def issued(self, identity: str) -> bool:
+        """Whether the prompt was written, so that someone may be at its answer, or done with it."""
+        return self._prompt(identity).exists()
+
+    def answered(self, identity: str) -> bool:
+        """Whether its reply is there."""
+        return bool(_read_reply(self._reply(identity)).strip())
 
     def complete(self, role: str, prompt: str, *, system: str, slot: str = "") -> Reply:
         """The reply file's text, or `pending`. An empty file counts as not written yet."""
         identity = prompt_id(role, system, prompt)
-        asked, answer = self.folder / "prompts" / f"{identity}.md", self.folder / "replies" / f"{identity}.md"
-        if not asked.exists():
+        asked, answer = self._prompt(identity), self._reply(identity)
+        if not self.issued(identity):
+            for path in (asked, answer):
+                path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(asked, f"<!-- {slot} {role}: the whole answer goes to replies/{identity}.md -->\n\n{system}\n\n{prompt}")
         began = time.monotonic()
         while True:
@@ -103,6 +111,12 @@ class ExchangeProvider:
             if time.monotonic() - began >= self.wait_s:
                 return Reply(finish=PENDING)
             time.sleep(self.poll_s)
+
+    def _prompt(self, identity: str) -> Path:
+        return self.folder / "prompts" / f"{identity}.md"
+
+    def _reply(self, identity: str) -> Path:
+        return self.folder / "replies" / f"{identity}.md"
 
 
 def _read_reply(path: Path) -> str:

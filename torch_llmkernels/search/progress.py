@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.search.engine import Engine, Progress
+from torch_llmkernels.search.llm import ExchangeProvider
 from torch_llmkernels.search.run import Run
 
 if TYPE_CHECKING:
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """A run's state as plain JSON: round, candidates by status, best, spend, what is waited for, and the end."""
+    """A run's state as plain JSON: round, candidates by status, best, spend, what is waited for, and the end.
+
+    `waiting_for_replies` counts prompts that can be answered; `not_issued` those that `withheld` says why were not written.
+    """
     tree, settings = run.tree, run.goal.settings
+    engine = Engine(run, provider=ExchangeProvider(run.exchange) if run.exchange else None)
+    waiting = len(engine.open_prompts() if run.exchange else engine.wanted())
+    not_issued, withheld = engine.withheld() if run.exchange else (0, "")
     best, floor = tree.best(), tree.floor_ms(run.goal.floor_ms)
     statuses = Counter(
         str(c.evaluation.status) if c.evaluation else "duplicate" if c.duplicate_of else "waiting"
@@ -38,8 +45,10 @@ def summary(run: Run) -> dict[str, Any]:
         "cost": tree.spent.cost,
         "seconds": round(run.journal.clock(), 1),
         "max_seconds": settings.max_seconds,
-        "waiting_for_replies": 0 if tree.stop else sum(p.reply is None and not p.error for p in tree.prompts.values()),
-        "waiting_for_evaluation": 0 if tree.ended else len(Engine(run).waiting()),
+        "waiting_for_replies": waiting,
+        "not_issued": not_issued,
+        "withheld": withheld,
+        "waiting_for_evaluation": 0 if tree.ended else len(engine.waiting()),
         "stopped": tree.stop,
         "ended": tree.ended,
         "winner": tree.winner,

@@ -213,11 +213,12 @@ def _tree(run: Run) -> str:
 
 def _unanswered(tree: Tree, number: int, index: int) -> str:
     prompts = [p for p in tree.prompts.values() if p.chain == f"r{number}.s{index}.ideas"]
-    return f"<p>No ideas: {_(_fate(prompts[-1]) if prompts else 'not asked yet')}</p>"
+    return f"<p>No ideas: {_(_fate(tree, prompts[-1]) if prompts else 'not asked yet')}</p>"
 
 
-def _fate(prompt: Prompt) -> str:
-    return prompt.error or prompt.rejected or ("waits for a reply" if prompt.reply is None else "nothing usable")
+def _fate(tree: Tree, prompt: Prompt) -> str:
+    unanswered = "without a reply when the search stopped" if tree.stop else "waits for a reply"
+    return prompt.error or prompt.rejected or (unanswered if prompt.reply is None else "nothing usable")
 
 
 def _idea(run: Run, node: IdeaNode) -> str:
@@ -230,7 +231,8 @@ def _idea(run: Run, node: IdeaNode) -> str:
         else _badge("bad" if made else "wait", "no correct kernel" if made else "no candidate")
     )
     lost = [p for p in tree.prompts.values() if p.idea == node.id and not p.candidate]
-    inner = "".join(_candidate(run, c) for c in made) + "".join(f"<p class='soft'>{_(p.slot)}: {_(_fate(p))}</p>" for p in lost)
+    inner = "".join(_candidate(run, c) for c in made)
+    inner += "".join(f"<p class='soft'>{_(p.slot)}: {_(_fate(tree, p))}</p>" for p in lost)
     return (
         f"<details><summary>{badge} <b>{_(node.idea.family)}</b>: {_(node.idea.mechanism)}</summary>\n"
         f"<p class='soft'>Expected: {_(node.idea.expected or 'nothing said')}</p>{inner}</details>\n"

@@ -128,6 +128,14 @@ class Run:
         self.tree.apply(self.journal.append(events))
 
     @property
+    def exchange(self) -> Path | None:
+        """The folder of prompts and replies, if the run was started with files as its model."""
+        kind, _, folder = self.goal.provider.partition(":")
+        if kind != "exchange":
+            return None
+        return Path(folder).expanduser() if folder else self.directory / "exchange"
+
+    @property
     def name(self) -> str:
         """The folder's name."""
         return self.directory.resolve().name

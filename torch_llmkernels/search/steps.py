@@ -171,7 +171,7 @@ def _spent(engine: Engine) -> str:
 
 def _settled(engine: Engine) -> bool:
     """Whether the round is over: nothing to ask, to wait for, or to evaluate."""
-    waits = engine.open_prompts() or engine.tree.unevaluated() or engine.tree.unconfirmed(engine.goal.floor_ms)
+    waits = engine.wanted() or engine.tree.unevaluated() or engine.tree.unconfirmed(engine.goal.floor_ms)
     return not waits and engine.tree.banked
 
 
