@@ -140,7 +140,7 @@ class TestTheLoop:
 
     def test_later_prompts_list_every_idea_tried_with_its_outcome(self, tmp_path: Path) -> None:
         _, model, _ = searched(tmp_path)
-        assert "r1.s0.ideas.a0 vector loads | 2.6 ms, 1.15x the best baseline" in model.prompts["r2.s0.ideas.a0"]
+        assert "r1.s0.ideas.a0 vector loads | 1.15x the best baseline (2.6 ms then)" in model.prompts["r2.s0.ideas.a0"]
 
     def test_known_kernels_compete_and_seed_the_first_round(self, tmp_path: Path) -> None:
         settings = preset("default", rounds=1, ideas=1, variants=1)
@@ -223,6 +223,23 @@ class TestStopping:
     def test_the_floor_is_that_of_the_best_ceilings_measured_in_the_search(self, tmp_path: Path) -> None:
         engine, _, _ = searched(tmp_path)
         assert engine.tree.floor_ms(0.9) == 0.5 and engine.tree.floor_ms(0.3) == 0.3  # evaluations say 0.5
+
+    def test_the_device_s_ceilings_and_every_share_of_the_floor_follow_the_corrected_floor(self, tmp_path: Path) -> None:
+        before = {"ms": 1.0, "bytes": 10**7, "flops": 1, "bound": "bytes"}  # evaluations say 0.5
+        ceilings = {"copy": 1e10, "cache": 5e10, "fp32": 1e11}
+        _, model, _ = searched(tmp_path, floor=before, ceilings=ceilings)
+        first, second = model.prompts["r1.s0.ideas.a0"], model.prompts["r2.s0.ideas.a0"]
+        assert "read plus written: 10 GB/s\n" in first and "**1 ms**" in first
+        assert "read plus written: 20 GB/s (at least, as measured beside a later evaluation" in second
+        assert "**0.5 ms**" in second and "rests on the measured memory bandwidth" in second
+        assert "20% of the roofline floor's speed" in second and "all threads: 50 GB/s\n" in second  # 0.5 ms of 2.5 ms
+
+    def test_ceilings_that_a_kernel_has_broken_are_not_called_ceilings(self, tmp_path: Path) -> None:
+        answer = lambda r, s: default_answer(r, s) if r == "ideas" else code_reply("0.40")  # noqa: E731
+        _, model, _ = searched(tmp_path, answer, ceilings={"copy": 1e10})
+        assert "so ceilings in practice" in model.prompts["r1.s0.ideas.a0"]
+        text = model.prompts["r2.s0.ideas.a0"]
+        assert "in a slow moment" in text and "ceilings in practice" not in text and "of the roofline floor's speed" not in text
 
     def test_at_a_plateau(self, tmp_path: Path) -> None:
         def answer(role: str, slot: str) -> str:

@@ -39,6 +39,10 @@ def first_ideas(where: Goal) -> tuple[str, str]:
     return render.ideas_prompt(where, Tree(where.settings), None, 1)
 
 
+def device(where: Goal) -> str:
+    return render.device_section(where, Tree(where.settings))
+
+
 def node(mechanism: str = "keep the row in registers") -> IdeaNode:
     return IdeaNode("i", "r1.s0.i0", 1, "", "p", Idea("memory access", mechanism, "half the traffic"))
 
@@ -79,7 +83,7 @@ class TestWhatTheModelIsTold:
         found = Resources(registers=168, kernels=table, warnings=("wgmma.mma_async instructions are serialized",))
         lines = ("product: time 612.4 us, multiprocessors busy 71%",)
         seed.evaluations["quick"] = dataclasses.replace(seed.evaluation, resources=found, counters=lines)
-        text = render.seed_section(engine.tree, seed)
+        text = render.seed_section(engine.goal, engine.tree, seed)
         assert "`product`: 168 registers, spilled 96 bytes, stack 8 bytes, static shared memory 48 bytes, dynamic 197632" in text
         assert "occupancy 19%" in text and "`prepare`: 41 registers" in text and "not launched" in text
         assert "compiler warning: wgmma.mma_async" in text and "profiler: product: time 612.4 us" in text
@@ -92,8 +96,8 @@ class TestWhatTheModelIsTold:
         assert long in render.history_section(engine.tree, 2)
 
     def test_a_cache_is_worth_a_line_only_if_it_is_faster_than_memory(self) -> None:
-        assert "stays in cache" not in render.device_section(goal(ceilings=CEILINGS))
-        assert "stays in cache" in render.device_section(goal(ceilings={**CEILINGS, "cache": 9e12}))
+        assert "stays in cache" not in device(goal(ceilings=CEILINGS))
+        assert "stays in cache" in device(goal(ceilings={**CEILINGS, "cache": 9e12}))
 
     def test_without_a_kernel_to_start_from_none_is_spoken_of(self, tmp_path: Path) -> None:
         where = goal()
@@ -130,6 +134,14 @@ class TestWhatTheModelIsTold:
         _, request = first_ideas(h100())
         assert "; ".join(FAMILIES) in request and "exactly 2 ideas" in request
 
+    def test_of_a_single_idea_no_mixture_is_asked(self, tmp_path: Path) -> None:
+        model = ScriptedModel(lambda role, slot: ideas_reply(f"{slot} idea") if role == "ideas" else code_reply("2.0"))
+        open_engine(tmp_path, SearchSettings(rounds=2, ideas=1, variants=1), model, ScriptedPool()).drive()
+        for slot in ("r1.s0.ideas.a0", "r2.s0.ideas.a0"):
+            text = model.prompts[slot]
+            assert "exactly 1 idea:" in text and "; ".join(FAMILIES) in text
+            assert not [words for words in ("at least one", "1 ideas", "as different from", "spread them") if words in text]
+
     @pytest.mark.parametrize("role", ["ideas", "code", "repair"])
     @pytest.mark.parametrize("target", ["cuda", "cpu"])
     def test_every_role_gets_the_format_the_example_the_prelude_and_the_rules(self, role: str, target: str) -> None:
@@ -165,7 +177,8 @@ class TestWhatTheModelIsTold:
         )
         open_engine(tmp_path, model=model, pool=ScriptedPool()).drive()
         for words in (
-            "time 2 ms",
+            "1.50x the best baseline (2 ms then)",
+            "Best so far: 1.50x the best baseline (2 ms then).\nKernels are ranked by the ratio",
             "25% of the roofline floor",
             "inductor 3 ms (1.50x",
             "r1.s0.ideas.a0 idea",
@@ -331,7 +344,7 @@ class TestCodeInReplies:
 
 
 def test_facts_without_values_are_left_out() -> None:
-    assert "registers" not in render.device_section(goal(facts={**FACTS, "regs_per_sm": 0}))
+    assert "registers" not in device(goal(facts={**FACTS, "regs_per_sm": 0}))
 
 
 def test_notes_of_the_person_who_started_the_search_are_fenced_data() -> None:

@@ -76,7 +76,8 @@ class TestReport:
 
     def test_it_shows_the_plot_with_baselines_and_floor(self, run: Run) -> None:
         text = render_html(run)
-        for words in ("eager 4", "inductor 3", "floor 0.5", "best 2", "round 1", "round 2"):
+        told = "best so far 1.50x the best baseline (2 ms"
+        for words in ("eager 4", "inductor 3", "floor 0.5", "best 2", "round 1", "round 2", told):
             assert words in text
         timed = [c for c in run.tree.candidates.values() if c.evaluation and c.evaluation.time_ms]
         assert text.count('class="dot"') == len(timed)
@@ -168,7 +169,7 @@ class TestCommands:
         state = json.loads(capsys.readouterr().out)
         assert state["ended"] and state["best_ms"] == 2.0 and state["candidates"]["wrong"] == 1
         assert main(["search", "status", str(run.directory)]) == 0
-        assert "1.50x the best baseline" in capsys.readouterr().out
+        assert "1.50x the best baseline (2 ms then)" in capsys.readouterr().out
 
     def test_start_step_and_status_of_an_exchange(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         task, device, folder = tmp_path / "task.json", tmp_path / "device.json", tmp_path / "run"
@@ -258,7 +259,7 @@ CEILINGS = {"copy": 1e10, "cache": 1e11, "fp32": 1e11, "tf32": 1e11, "fp16": 1e1
 class TestProgress:
     def test_a_line_and_a_table_tell_round_counts_best_and_spend(self, run: Run) -> None:
         said = progress.line(run)
-        for words in ("round 2/2", "timed 8", "wrong 1", "best 2 ms (1.50x, 25% of floor)", "12 k tokens"):
+        for words in ("round 2/2", "timed 8", "wrong 1", "best 1.50x (2 ms then, 25% of floor)", "12 k tokens"):
             assert words in said
 
     def test_without_a_terminal_only_changes_are_printed(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -405,10 +405,7 @@ def _outcome(run: Run, args: argparse.Namespace) -> int:
         print(_next(run))
         return 1 if run.tree.ended else 0
     record = record_of(run, winner)
-    speedup = record.evaluation.speedup or 0.0
-    print(
-        f"winner: {record.kernel_name}, {record.evaluation.time_ms:.4g} ms, {speedup:.2f}x the best baseline ({run.tree.ended})"
-    )
+    print(f"winner: {record.kernel_name}, {render.speed(record.evaluation)}; {run.tree.ended}")
     if args.store:
         _remember(record)
     if args.library:

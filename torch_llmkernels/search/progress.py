@@ -61,7 +61,7 @@ def line(run: Run) -> str:
     best = "nothing correct yet"
     if state["best_ms"]:
         floor = f", {state['best_of_floor']:.0%} of floor" if state["best_of_floor"] else ""
-        best = f"best {state['best_ms']:.4g} ms ({state['best_speedup']:.2f}x{floor})"
+        best = f"best {state['best_speedup']:.2f}x ({state['best_ms']:.4g} ms then{floor})"
     counts = " ".join(f"{name} {count}" for name, count in sorted(state["candidates"].items())) or "no candidates"
     return f"round {state['round']}/{state['rounds']} · {counts} · {best} · {state['tokens'] / 1e3:.0f} k tokens"
 
@@ -105,7 +105,7 @@ def table(run: Run) -> Table:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sorted(state["candidates"].items())) or "none yet"
     best = "none yet"
     if state["best_ms"]:
-        best = f"{state['best_ms']:.4g} ms, {state['best_speedup']:.2f}x the best baseline"
+        best = f"{state['best_speedup']:.2f}x the best baseline ({state['best_ms']:.4g} ms then)"
         best += f", {state['best_of_floor']:.0%} of the floor" if state["best_of_floor"] else ""
     left = f"{max(0.0, state['max_seconds'] - state['seconds']):.0f} s left" if state["max_seconds"] else "no time limit"
     limit = f" of {state['max_tokens'] / 1e3:.0f} k" if state["max_tokens"] else ""

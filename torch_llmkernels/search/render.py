@@ -25,6 +25,8 @@ _SPLIT = "<!-- request -->"
 
 _IMPROVE = "at least one is a safe improvement of what exists, and at least one is a different design of the whole kernel"
 _INVENT = "each is a complete design, as different from the others as can be; at least one is plain and safe"
+_IMPROVE_ONE = "it improves what exists or is a different design of the whole kernel, whichever promises more"
+_INVENT_ONE = "it is a complete design"
 _REBUILD = "Implement the idea in full; keep what is good in the kernel to start from, and rebuild the rest around it freely."
 _FROM_SCRATCH = "Implement the idea in full; there is no kernel to start from."
 
@@ -39,10 +41,18 @@ def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) ->
         number: The round, from 1.
     """
     return _render(
-        "ideas.md", goal, tree, round=number, rounds=goal.settings.rounds, count=goal.settings.ideas,
-        mix=_IMPROVE if seed else _INVENT, start=start_section(goal, tree, seed), history=history_section(tree, number),
-        families="; ".join(FAMILIES),
+        "ideas.md", goal, tree, round=number, rounds=goal.settings.rounds, mix=_mix(goal.settings.ideas, seed),
+        count="1 idea" if goal.settings.ideas == 1 else f"{goal.settings.ideas} ideas, each a different mechanism",
+        start=start_section(goal, tree, seed), history=history_section(tree, number),
     )  # fmt: skip
+
+
+def _mix(count: int, seed: Candidate | None) -> str:
+    """What the ideas must be between them; of a single idea no mixture can be asked."""
+    if count == 1:
+        return f"{_IMPROVE_ONE if seed else _INVENT_ONE}; it belongs to one of these families: {'; '.join(FAMILIES)}"
+    spread = f"spread them over the families, where the bottleneck allows: {'; '.join(FAMILIES)}"
+    return f"{_IMPROVE if seed else _INVENT};\n- {spread}"
 
 
 def code_prompt(goal: Goal, tree: Tree, node: IdeaNode, variant: int) -> tuple[str, str]:
@@ -85,7 +95,7 @@ def _render(name: str, goal: Goal, tree: Tree, **values: Any) -> tuple[str, str]
         "format": fill(_file("format.md"), **parts),
         "rules": _file("rules.md"),
         "task": task_section(goal.task) + notes_section(goal),
-        "device": device_section(goal),
+        "device": device_section(goal, tree),
         "floor": floor_section(goal, tree),
     }
     system, _, request = _file(name).partition(_SPLIT)
@@ -211,27 +221,46 @@ _CEILINGS = {
 }
 
 
-def device_section(goal: Goal) -> str:
-    """The device's facts, and the ceilings that were measured on it."""
-    target = goal.task.device
+def device_section(goal: Goal, tree: Tree) -> str:
+    """The device's facts, and the ceilings that were measured on it: those that `floor_section` rests on."""
+    target, later = goal.task.device, _later(goal, tree)
     labels = _LABELS[target]
     lines = [f"- {labels[name]}: {goal.facts[name]}" for name in labels if goal.facts.get(name)]
     measured = [
-        (words, goal.ceilings[name] / scale, unit)
+        (words, later.get(name, goal.ceilings[name]) / scale, unit, name in later)
         for name, words, unit, scale in _CEILINGS[target]
         if goal.ceilings.get(name) and (name != "cache" or goal.ceilings["cache"] != goal.ceilings.get("copy"))
     ]
     if measured:
-        lines += ["", "Measured here with simple programs, so ceilings in practice:"]
-        lines += [f"- {words}: {value:.4g} {unit}" for words, value, unit in measured]
+        beaten = goal.floor_ms and not tree.floor_ms(goal.floor_ms)
+        meaning = " in a slow moment (a kernel was faster than they allow)" if beaten else ", so ceilings in practice"
+        lines += ["", f"Measured here with simple programs{meaning}:"]
+        note = " (at least, as measured beside a later evaluation, when the machine was faster)"
+        lines += [f"- {words}: {value:.4g} {unit}{note if new else ''}" for words, value, unit, new in measured]
     return "\n".join(lines)
+
+
+def _later(goal: Goal, tree: Tree) -> dict[str, float]:
+    """The bandwidth that the floor implies, by the name of its ceiling, where a later evaluation measured a higher one.
+
+    A journal holds the floor of every evaluation but the ceilings of the first moment only, and the two must not contradict each
+    other in a prompt. A floor that arithmetic bounds may rest on several rates, so nothing is read off it.
+    """
+    floor, before = tree.floor_ms(goal.floor_ms), goal.floor_ms
+    if goal.floor.get("bound") != "bytes" or not 0 < floor < before * 0.99:
+        return {}
+    names = [name for name, *_ in _BASES[goal.task.device, "bytes"] if goal.ceilings.get(name)]
+    first = float(goal.floor["bytes"]) / (before / 1e3)
+    base = min(names, key=lambda name: abs(first / goal.ceilings[name] - 1), default="")
+    implied = first * before / floor
+    return {base: implied} if base and implied > goal.ceilings[base] else {}
 
 
 def floor_section(goal: Goal, tree: Tree) -> str:
     """How fast the task could be at best, and which side of the roofline it is on."""
     if not goal.floor_ms:
         return "The roofline floor of this task is not known."
-    floor = tree.floor_ms(goal.floor_ms)
+    floor = known_floor(goal, tree)
     if not floor:
         return "The roofline floor of this task is not known: a kernel was faster than the ceilings measured here would allow."
     text = f"Roofline floor: **{floor:.4g} ms**"
@@ -239,7 +268,7 @@ def floor_section(goal: Goal, tree: Tree) -> str:
     if side:
         moved, gflop = _bytes(int(goal.floor.get("bytes", 0))), float(goal.floor.get("flops", 0)) / 1e9
         text += f", bound by {side}: {moved} must move (every input and output once), {gflop:.4g} GFLOP must be done"
-        text += _basis(goal, floor)
+        text += _basis(goal, tree, floor)
     return f"{text}."
 
 
@@ -264,11 +293,11 @@ _BASES: dict[tuple[str, str], tuple[tuple[str, float, str], ...]] = {
 """What a floor can rest on: a ceiling, the factor it is taken with, and words for it."""
 
 
-def _basis(goal: Goal, floor: float) -> str:
+def _basis(goal: Goal, tree: Tree, floor: float) -> str:
     """Which ceiling the floor rests on, read off its rate; nothing if it is none of them."""
-    kind = str(goal.floor["bound"])
+    kind, ceilings = str(goal.floor["bound"]), {**goal.ceilings, **_later(goal, tree)}
     rate = float(goal.floor.get(kind, 0)) / (floor / 1e3)
-    known = [(goal.ceilings[n] * f, words) for n, f, words in _BASES[goal.task.device, kind] if goal.ceilings.get(n)]
+    known = [(ceilings[n] * f, words) for n, f, words in _BASES[goal.task.device, kind] if ceilings.get(n)]
     off, words = min(((abs(rate / ceiling - 1), words) for ceiling, words in known), default=(1.0, ""))
     return f"; it rests on {words}" if off < 0.01 else ""
 
@@ -276,7 +305,7 @@ def _basis(goal: Goal, floor: float) -> str:
 def start_section(goal: Goal, tree: Tree, seed: Candidate | None) -> str:
     """The kernel to start from; without one, accepted kernels of neighbouring signatures, if there are any."""
     if seed:
-        return f"## Where to start\n{seed_section(tree, seed)}\n\n"
+        return f"## Where to start\n{seed_section(goal, tree, seed)}\n\n"
     if not goal.neighbours:
         return ""
     shown = [f"`{_cell(name)}`:\n{fence(text, 'cpp')}" for name, text in goal.neighbours]
@@ -284,12 +313,12 @@ def start_section(goal: Goal, tree: Tree, seed: Candidate | None) -> str:
     return "\n\n".join([words, *shown, ""])
 
 
-def seed_section(tree: Tree, seed: Candidate) -> str:
+def seed_section(goal: Goal, tree: Tree, seed: Candidate) -> str:
     """A kernel to start from: its measurements, where it came from, and its source."""
     evaluation = seed.evaluation
     lines = ["The kernel to improve:", ""]
     if evaluation:
-        lines += [f"- {line}" for line in measurements(evaluation)]
+        lines += [f"- {line}" for line in measurements(evaluation, known_floor(goal, tree))]
     node = tree.ideas.get(seed.idea)
     if node:
         lines.append(f"- it implements: {_one_line(node.idea.mechanism)}")
@@ -299,12 +328,27 @@ def seed_section(tree: Tree, seed: Candidate) -> str:
 _RESOURCES = {"registers": "registers as compiled"}
 
 
-def measurements(evaluation: Evaluation) -> list[str]:
-    """What was measured of a candidate, one fact a line."""
+def known_floor(goal: Goal, tree: Tree) -> float:
+    """The floor that `floor_section` prints, milliseconds; 0 if it says that none is known."""
+    return tree.floor_ms(goal.floor_ms) if goal.floor_ms else 0.0
+
+
+def speed(evaluation: Evaluation) -> str:
+    """How fast a timed candidate is, the ratio first: it is what counts, and milliseconds are those of that moment."""
+    return f"{evaluation.speedup:.2f}x the best baseline ({evaluation.time_ms:.4g} ms then)"
+
+
+def measurements(evaluation: Evaluation, floor_ms: float) -> list[str]:
+    """What was measured of a candidate, one fact a line.
+
+    Args:
+        evaluation: The measurements.
+        floor_ms: The roofline floor as the search knows it now, which may be lower than it was then; 0 if unknown.
+    """
     lines = []
     if evaluation.time_ms:
-        floor = f", {evaluation.floor_ms / evaluation.time_ms:.0%} of the roofline floor's speed" if evaluation.floor_ms else ""
-        lines.append(f"time {evaluation.time_ms:.4g} ms (noise {evaluation.spread:.1%}){floor}")
+        floor = f", {floor_ms / evaluation.time_ms:.0%} of the roofline floor's speed" if floor_ms else ""
+        lines.append(f"{speed(evaluation)}, noise {evaluation.spread:.1%}{floor}")
         times = ", ".join(
             f"{name} {ms:.4g} ms ({ms / evaluation.time_ms:.2f}x this kernel's time)" for name, ms in evaluation.baselines_ms
         )
@@ -336,6 +380,12 @@ def _kernel_resources(kernel: KernelResources) -> str:
     return ", ".join(parts + ([f"occupancy {kernel.occupancy:.0%}"] if kernel.occupancy is not None else ["not launched"]))
 
 
+_RANKING = (
+    "Kernels are ranked by the ratio to the best baseline timed beside them: the machine's speed drifts, so milliseconds of "
+    "different evaluations do not compare."
+)
+
+
 def history_section(tree: Tree, number: int) -> str:
     """Every idea tried before round `number` with what became of it, in order."""
     earlier = [node for node in tree.ideas.values() if node.round < number]
@@ -350,7 +400,7 @@ def history_section(tree: Tree, number: int) -> str:
     lines += [f"| {n.round} | {n.idea.family} | {_cell(n.idea.mechanism, None)} | {_cell(words)} |" for n, words, _ in rows]
     best = tree.best(number - 1)
     if best is not None and best.evaluation is not None:
-        lines += ["", f"Best so far: {best.time_ms:.4g} ms, {best.evaluation.speedup:.2f}x the best baseline."]
+        lines += ["", f"Best so far: {speed(best.evaluation)}.", _RANKING]
     return "\n".join(lines)
 
 
@@ -364,7 +414,7 @@ def outcome(tree: Tree, node: IdeaNode) -> tuple[str, float | None]:
     seed = tree.candidates.get(node.seed)
     if best.evaluation is not None and best.time_ms < float("inf"):
         against = f", {seed.relative_time / best.relative_time:.2f}x its seed" if seed and seed.time_ms < float("inf") else ""
-        return f"{best.time_ms:.4g} ms, {best.evaluation.speedup:.2f}x the best baseline{against}", best.evaluation.speedup
+        return f"{speed(best.evaluation)}{against}", best.evaluation.speedup
     last = max(made, key=lambda c: place(c.slot)).evaluation
     return f"never correct ({len(made)} tries); last: {last.status}: {_one_line(last.detail)[:240]}", None
 

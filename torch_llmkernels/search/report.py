@@ -17,7 +17,7 @@ from typing import Any
 from torch_llmkernels.evaluation import Evaluation
 from torch_llmkernels.search.budget import Spend
 from torch_llmkernels.search.ideas import FAMILIES
-from torch_llmkernels.search.render import measurements
+from torch_llmkernels.search.render import known_floor, measurements, speed
 from torch_llmkernels.search.run import Run
 from torch_llmkernels.search.tree import Candidate, IdeaNode, Prompt, Tree, place
 
@@ -80,7 +80,7 @@ def _header(run: Run, title: str) -> str:
     state = tree.ended or tree.stop or "still open"
     tiles = [
         (
-            "no correct kernel" if evaluation is None else f"{evaluation.time_ms:.4g} ms",
+            "no correct kernel" if evaluation is None else f"{evaluation.speedup:.2f}x",
             "winner" if tree.winner else "best so far",
         )
     ]
@@ -88,6 +88,7 @@ def _header(run: Run, title: str) -> str:
         tiles += [
             (f"{ms / evaluation.time_ms:.2f}x", f"the speed of {name} ({ms:.4g} ms)") for name, ms in evaluation.baselines_ms
         ]
+        tiles.append((f"{evaluation.time_ms:.4g} ms", "beside them"))
         if floor := tree.floor_ms(run.goal.floor_ms):
             tiles.append((f"{floor / evaluation.time_ms:.0%}", f"of the floor ({floor:.4g} ms)"))
     correct = len(tree.ranking())
@@ -128,7 +129,7 @@ def _plot(run: Run) -> str:
         parts.append(f'<line class="{kind}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{axis.y(ms):.1f}" y2="{axis.y(ms):.1f}"/>')
         labels.append((axis.y(ms), kind, f"{name} {ms:.4g}"))
     for candidate in timed:
-        title = f"{candidate.slot}: {candidate.time_ms:.4g} ms, {1 / candidate.relative_time:.2f}x the best baseline beside it"
+        title = f"{candidate.slot}: {_speed(candidate)}"
         x, y = axis.x(candidate.round) + axis.jitter(candidate.slot), axis.y(candidate.relative_time * unit)
         parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{_(title)}</title></circle>')
     best = [(number, tree.best(number)) for number in range(len(tree.rounds) + 1)]
@@ -201,14 +202,18 @@ def _tree(run: Run) -> str:
         parts.append(f"<h3>Known kernels</h3>\n{''.join(_candidate(run, c) for c in bank)}")
     for number, seeds in enumerate(tree.rounds, 1):
         best = tree.best(number)
-        outcome = f"best so far {best.time_ms:.4g} ms" if best else "nothing correct yet"
+        outcome = f"best so far {_speed(best)}" if best else "nothing correct yet"
         parts.append(f"<h3>Round {number} <span class='soft'>({outcome})</span></h3>\n")
         for index, seed in enumerate(seeds):
-            name = f"from {tree.candidates[seed].slot} ({tree.candidates[seed].time_ms:.4g} ms)" if seed else "from scratch"
+            name = f"from {tree.candidates[seed].slot}, {_speed(tree.candidates[seed])}" if seed else "from scratch"
             nodes = [n for n in tree.ideas.values() if n.slot.startswith(f"r{number}.s{index}.")]
             inner = "".join(_idea(run, n) for n in sorted(nodes, key=lambda n: place(n.slot))) or _unanswered(tree, number, index)
             parts.append(f"<details open><summary>Seed {index}: {_(name)}</summary>\n{inner}</details>\n")
     return "".join(parts) if len(parts) > 1 else f"{parts[0]}<p>Nothing has been asked yet.</p>\n"
+
+
+def _speed(candidate: Candidate) -> str:
+    return speed(candidate.evaluation) if candidate.evaluation and candidate.evaluation.time_ms else "not timed"
 
 
 def _unanswered(tree: Tree, number: int, index: int) -> str:
@@ -246,7 +251,7 @@ def _badge(kind: str, text: str) -> str:
 def _candidate(run: Run, candidate: Candidate) -> str:
     tree, evaluation = run.tree, candidate.evaluation
     winner = " · winner" if candidate.id == tree.winner else ""
-    notes = [line for e in candidate.evaluations.values() for line in _notes(e)]
+    notes = [line for tier, e in candidate.evaluations.items() for line in _notes(tier, e, known_floor(run.goal, tree))]
     if candidate.duplicate_of:
         notes.append(f"the same source as {tree.candidates[candidate.duplicate_of].slot}")
     parent = tree.candidates.get(candidate.parent)
@@ -266,14 +271,14 @@ def _verdict(evaluation: Evaluation | None, candidate: Candidate) -> str:
     if evaluation is None:
         return _badge("wait", "duplicate" if candidate.duplicate_of else "not evaluated yet")
     if evaluation.time_ms:
-        return _badge("good", f"{evaluation.time_ms:.4g} ms, {evaluation.speedup:.2f}x")
+        return _badge("good", f"{evaluation.speedup:.2f}x ({evaluation.time_ms:.4g} ms)")
     return _badge("good" if evaluation.status.is_correct else "bad", str(evaluation.status).replace("_", " "))
 
 
-def _notes(evaluation: Evaluation) -> list[str]:
+def _notes(tier: str, evaluation: Evaluation, floor_ms: float) -> list[str]:
     if not evaluation.status.is_correct:
-        return [f"{evaluation.tier} check: {evaluation.status}: {evaluation.detail}"]
-    return [f"{evaluation.tier} check passed", *measurements(evaluation)]
+        return [f"{tier} check: {evaluation.status}: {evaluation.detail}"]
+    return [f"{tier} check passed", *measurements(evaluation, floor_ms)]
 
 
 def _diff(before: str, after: str) -> str:
