@@ -192,6 +192,63 @@ class TestSeeds:
         assert engine.tree.winner == engine.tree.seeds()[0].id == engine.tree.ranking()[0].id
 
 
+class TestNoise:
+    """A quick evaluation of much spread is repeated once, and the steadier one counts."""
+
+    @staticmethod
+    def driven(folder: Path, first: tuple[str, float], second: tuple[str, float]) -> tuple[Engine, ScriptedModel, ScriptedPool]:
+        class Noisy(ScriptedPool):
+            """Finds a kernel of verdict 2.0 so fast, with so much spread, the first and the second time."""
+
+            def submit(self, job):
+                future = super().submit(job)
+                if job.tier == "quick" and "verdict: 2.0\n" in job.kernel_text:
+                    verdict, spread = first if self.jobs["2.0", "quick"] == 1 else second
+                    found = evaluation(verdict)
+                    future = Future()
+                    future.set_result(dataclasses.replace(found, spread=spread) if found.time_ms else found)
+                return future
+
+        answer = lambda r, s: ideas_reply(*"ab") if r == "ideas" else code_reply("2.0" if ".i0." in s else "1.8")  # noqa: E731
+        model, pool = ScriptedModel(answer), Noisy()
+        engine = open_engine(folder, preset("default", rounds=1, ideas=2, variants=1, repairs=0), model, pool)
+        engine.drive()
+        return engine, model, pool
+
+    def test_the_steadier_second_one_decides_the_place(self, tmp_path: Path) -> None:
+        engine, _, pool = self.driven(tmp_path, ("1.0", 0.5), ("2.0", 0.02))
+        assert [c.time_ms for c in engine.tree.ranking()] == [1.8, 2.0]
+        assert pool.jobs["2.0", "quick"] == 2 and pool.jobs["1.8", "quick"] == 1
+        tiers = [(e["tier"], e["evaluation"]["time_ms"]) for e in engine.run.journal.events if e["event"] == "evaluation"]
+        assert ("quick", 1.0) in tiers and ("repeat", 2.0) in tiers
+        assert state(Engine(open_run(tmp_path))) == state(engine)  # the journal tells the same
+
+    def test_a_second_one_of_more_spread_changes_nothing_and_there_is_no_third(self, tmp_path: Path) -> None:
+        engine, _, pool = self.driven(tmp_path, ("1.5", 0.4), ("1.2", 0.9))
+        assert engine.tree.ranking()[0].time_ms == 1.5 and pool.jobs["2.0", "quick"] == 2
+
+    def test_a_steady_one_is_not_repeated(self, tmp_path: Path) -> None:
+        engine, _, pool = self.driven(tmp_path, ("1.5", 0.3), ("9.0", 0.0))
+        assert engine.tree.ranking()[0].time_ms == 1.5 and pool.jobs["2.0", "quick"] == 1
+
+    def test_what_is_wrong_the_second_time_is_wrong(self, tmp_path: Path) -> None:
+        engine, _, _ = self.driven(tmp_path, ("1.5", 0.4), ("wrong", 0.0))
+        assert [c.time_ms for c in engine.tree.ranking()] == [1.8]
+
+    def test_a_time_that_does_not_count_breaks_no_floor(self, tmp_path: Path) -> None:
+        engine, _, _ = self.driven(tmp_path, ("0.1", 0.9), ("2.0", 0.02))
+        assert engine.tree.floor_ms(0.5) == 0.5
+
+    def test_the_next_round_waits_for_the_second_one(self, tmp_path: Path) -> None:
+        engine, _, _ = self.driven(tmp_path, ("1.0", 0.5), ("2.0", 0.02))
+        later = ("repeat", "full", "stop", "end")
+        before = [e for e in engine.run.journal.events if e.get("tier", e["event"]) not in later]
+        (tmp_path / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in before))
+        proposing = Engine(open_run(tmp_path), provider=ScriptedModel(default_answer))
+        proposing.drive()
+        assert not proposing.tree.stop and [tier for _, tier in proposing.waiting()] == ["repeat"]
+
+
 class TestStopping:
     def test_near_the_floor(self, tmp_path: Path) -> None:
         engine, _, _ = searched(tmp_path, lambda r, s: default_answer(r, s) if r == "ideas" else code_reply("0.52"))

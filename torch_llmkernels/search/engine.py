@@ -25,7 +25,7 @@ from torch_llmkernels.search.journal import Event
 from torch_llmkernels.search.llm import ExchangeProvider, Provider, Reply
 from torch_llmkernels.search.run import Goal, Run
 from torch_llmkernels.search.steps import STEPS, record_of
-from torch_llmkernels.search.tree import CONFIRM, Candidate, Prompt, place
+from torch_llmkernels.search.tree import CONFIRM, REPEAT, Candidate, Prompt, place
 from torch_llmkernels.task import Task
 
 log = logging.getLogger("torch_llmkernels.search")
@@ -156,11 +156,12 @@ class Engine:
     def waiting(self) -> list[tuple[Candidate, str]]:
         """Candidates and the tier of the evaluation they wait for; after the stop, the one finalist.
 
-        At the end of a round whose best seems to be at the floor, that one is evaluated a second time.
+        A noisy evaluation is repeated once; at the end of a round whose best seems to be at the floor, so is that one's.
         """
         if not self.tree.stop:
             doubtful = None if self.wanted() else self.tree.unconfirmed(self.goal.floor_ms)
-            return [(c, "quick") for c in self.tree.unevaluated()] or ([(doubtful, CONFIRM)] if doubtful else [])
+            first = [(c, "quick") for c in self.tree.unevaluated()] + [(c, REPEAT) for c in self.tree.noisy()]
+            return first or ([(doubtful, CONFIRM)] if doubtful else [])
         finalist = self.finalist()
         return [(finalist, "full")] if finalist else []
 
@@ -207,8 +208,8 @@ class Engine:
 
         assert self.pool is not None
         constants = dict(candidate.evaluation.constants) if tier != "quick" and candidate.evaluation else None
-        kind = "quick" if tier == CONFIRM else tier
-        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, profiled=tier == "quick")
+        kind, profiled = "full" if tier == "full" else "quick", tier in ("quick", REPEAT)
+        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, profiled=profiled)
         self.flights[self.pool.submit(job)] = (tier, candidate.id)
 
     def _evaluated(self, identity: str, tier: str, future: Future[Evaluation]) -> list[Event]:

@@ -158,20 +158,25 @@ def stop_search(engine: Engine) -> list[Event]:
 
 
 def _endpoint(engine: Engine) -> str:
-    return f"provider: {engine.fatal}" if engine.fatal and not engine.flights and not engine.tree.unevaluated() else ""
+    return f"provider: {engine.fatal}" if engine.fatal and not engine.flights and not _to_evaluate(engine) else ""
 
 
 def _spent(engine: Engine) -> str:
     """The budget, once nothing that was begun is left and the next prompt would break it."""
-    if not engine.asked or engine.meter.flying or engine.flights or engine.tree.unevaluated():
+    if not engine.asked or engine.meter.flying or engine.flights or _to_evaluate(engine):
         return ""
     refusal = next((engine.refusal(prompt) for prompt in engine.unasked()), "")
     return f"budget: {refusal}" if refusal else ""
 
 
+def _to_evaluate(engine: Engine) -> list[Candidate]:
+    """Candidates whose quick evaluation does not count yet: there is none, or it is to be repeated."""
+    return engine.tree.unevaluated() + engine.tree.noisy()
+
+
 def _settled(engine: Engine) -> bool:
     """Whether the round is over: nothing to ask, to wait for, or to evaluate."""
-    waits = engine.wanted() or engine.tree.unevaluated() or engine.tree.unconfirmed(engine.goal.floor_ms)
+    waits = engine.wanted() or _to_evaluate(engine) or engine.tree.unconfirmed(engine.goal.floor_ms)
     return not waits and engine.tree.banked
 
 

@@ -20,6 +20,11 @@ from torch_llmkernels.search.journal import SCHEMA
 CONFIRM = "confirm"
 """Tier of a second quick evaluation: a search does not end at its floor on the strength of one."""
 
+REPEAT = "repeat"
+"""Tier of a second quick evaluation of a candidate whose first was noisy: the steadier of the two counts."""
+
+NOISY = 0.3  # a spread above this says more about the machine at that moment than about the kernel
+
 
 @dataclasses.dataclass
 class Prompt:
@@ -114,8 +119,24 @@ class Candidate:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """The quick evaluation, which decides its place in the search."""
-        return self.evaluations.get("quick")
+        """The quick evaluation that decides its place in the search: of two, the one of less spread, or the failure."""
+        quick, repeat = self.evaluations.get("quick"), self.evaluations.get(REPEAT)
+        if quick is None or quick.spread is None or repeat is None:
+            return quick
+        if repeat.spread is None:  # not timed: what fails the second time is not correct
+            return quick if repeat.status.is_correct else repeat
+        return min(quick, repeat, key=lambda e: e.spread or 0.0)  # the first, if equal
+
+    def counted(self) -> list[Evaluation]:
+        """Its evaluations, of two quick ones only that which counts."""
+        others = [e for tier, e in self.evaluations.items() if tier not in ("quick", REPEAT)]
+        return [self.evaluation, *others] if self.evaluation else others
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether its quick evaluation must be repeated before it counts."""
+        quick = self.evaluations.get("quick")
+        return bool(quick and (quick.spread or 0.0) > NOISY and REPEAT not in self.evaluations)
 
     @property
     def time_ms(self) -> float:
@@ -268,6 +289,10 @@ class Tree:
         waiting = [c for c in self.candidates.values() if c.evaluation is None and not c.duplicate_of]
         return sorted(waiting, key=lambda c: place(c.slot))
 
+    def noisy(self) -> list[Candidate]:
+        """Candidates whose noisy quick evaluation waits to be repeated, in order of place."""
+        return sorted((c for c in self.candidates.values() if c.is_noisy), key=lambda c: place(c.slot))
+
     def ranking(self) -> list[Candidate]:
         """Correct and timed candidates, fastest first by relative time; equals by place."""
         timed = (c for c in self.candidates.values() if c.relative_time < math.inf)
@@ -318,12 +343,14 @@ class Tree:
         """
         known = [e for c in self.candidates.values() for e in c.evaluations.values()]
         floor = min([ms for ms in (measured, *(e.floor_ms for e in known)) if ms > 0], default=0.0)
-        beaten = any(e.time_ms and e.time_ms < floor * (1 - self.settings.floor_margin) for e in known)
+        counted = [e for c in self.candidates.values() for e in c.counted()]
+        beaten = any(e.time_ms and e.time_ms < floor * (1 - self.settings.floor_margin) for e in counted)
         return 0.0 if beaten else floor
 
     def at_floor(self, candidate: Candidate, measured: float, tier: str = "quick") -> bool:
         """Whether an evaluation of a candidate found it within `floor_margin` of the floor."""
-        evaluation, floor = candidate.evaluations.get(tier), self.floor_ms(measured)
+        evaluation = candidate.evaluation if tier == "quick" else candidate.evaluations.get(tier)
+        floor = self.floor_ms(measured)
         return bool(evaluation and evaluation.time_ms and evaluation.time_ms <= floor * (1 + self.settings.floor_margin))
 
     def unconfirmed(self, measured: float) -> Candidate | None:
