@@ -24,6 +24,7 @@ from torch_llmkernels import plan, registry, resolve
 from torch_llmkernels.cache import store as stores
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.graph import op
+from torch_llmkernels.kernels import nvrtc
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.settings import Settings
 
@@ -169,7 +170,9 @@ def test_no_compiler(setting: Setting) -> None:
 
 
 def test_no_cuda_bindings(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    for name in ("cuda.bindings", "cuda.bindings.nvrtc"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(nvrtc, "bindings", nvrtc.bindings.__wrapped__)  # not what an earlier test loaded
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     task = layer_norm_task(device="cuda")
     (decision,) = resolve.resolve([task], Settings().updated(setting.options))
