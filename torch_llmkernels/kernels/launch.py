@@ -175,7 +175,7 @@ def _unbound(kernel: Kernel, expression: Expression, names: Mapping[str, int]) -
 
 
 def _why_not_conditions(kernel: Kernel, task: Task, names: Mapping[str, int]) -> str | None:
-    for expression in (*kernel.where, *_all_scalars(kernel, task)):
+    for expression in (*kernel.where, *_all_scalars(kernel.launches, task)):
         if not _unbound(kernel, expression, names):
             expression.evaluate(names)  # a name that neither the kernel nor the task defines is a reason
     conditions = [c for c in kernel.where if not _unbound(kernel, c, names)]
@@ -186,10 +186,10 @@ def _why_not_conditions(kernel: Kernel, task: Task, names: Mapping[str, int]) ->
     return None
 
 
-def _all_scalars(kernel: Kernel, task: Task) -> list[Expression]:
-    """Every expression of the launches, without floating parameters."""
-    found = [e for step in kernel.launches for e in step.expressions]
-    for step in kernel.launches:
+def _all_scalars(steps: Sequence[Launch], task: Task) -> list[Expression]:
+    """Every expression of some launches, without floating parameters."""
+    found = [e for step in steps for e in step.expressions]
+    for step in steps:
         for arg, param in zip(step.args, step.params, strict=True):
             if param.type not in ("pointer", "tensor_map") and not is_float(arg, param, task):
                 found.append(Expression(arg))
@@ -220,11 +220,7 @@ def _dynamic_names(kernel: Kernel, task: Task) -> set[str]:
 def is_dynamic(kernel: Kernel, steps: Sequence[Launch], task: Task) -> bool:
     """Whether some number of these launches depends on a dynamic size of the task."""
     dynamic = _dynamic_names(kernel, task)
-    numbers = [e for step in steps for e in step.expressions]
-    for step in steps:
-        pairs = zip(step.args, step.params, strict=True)
-        numbers += [Expression(a) for a, p in pairs if p.type not in ("pointer", "tensor_map") and not is_float(a, p, task)]
-    return any(e.names & dynamic for e in numbers)
+    return any(e.names & dynamic for e in _all_scalars(steps, task))
 
 
 def macros(kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts | None = None) -> dict[str, str]:
