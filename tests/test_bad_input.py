@@ -65,7 +65,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Setting
     """Evaluations pass at once: what is tested is what happens around them. Building and running the kernel is real."""
     found = Setting(tmp_path)
 
-    def passes(task: Any, kernel: Any, record: Any, settings: Settings) -> Evaluation:
+    def passes(task: Any, kernel: Any, record: Any, settings: Settings, binaries: str) -> Evaluation:
         found.verified.append(kernel.name)
         return evaluation(Status.CORRECT)
 

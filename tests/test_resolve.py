@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from torch_llmkernels import resolve
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.cache.store import Store
 from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluate.candidate import Binaries
+from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import Evaluation, Record, Status
-from torch_llmkernels.kernels.source import Kernel
+from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task
 
 TASK = layer_norm_task(8, 64)
 pytestmark = pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
@@ -29,7 +33,7 @@ class Script:
     outcomes: dict[str, Evaluation]
     asked: list[tuple[str, bool]] = dataclasses.field(default_factory=list)
 
-    def __call__(self, task: object, kernel: Kernel, record: Record | None, settings: Settings) -> Evaluation:
+    def __call__(self, task: object, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "") -> Evaluation:
         self.asked.append((kernel.name, record is not None))
         outcome = self.outcomes[kernel.name]
         if settings.swap == "correct" and outcome.status is Status.TIMED:
@@ -169,3 +173,33 @@ def test_a_kernel_that_cannot_serve_the_task_is_named_with_its_reason(setup) -> 
     make, _ = setup
     reason = make().decide(layer_norm_task(8, 64, "float64")).reason
     assert "fast: " in reason and "float64" in reason
+
+
+def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, _ = setup
+    compiled: list[tuple[str, str]] = []
+
+    class Compiler:
+        def compile(self, job: Job) -> None:
+            assert Path(job.binaries).is_dir()
+            compiled.append((job.task.key, job.kernel_name))
+
+    monkeypatch.setattr(resolve, "worker", lambda settings, purpose: Compiler())
+    other = layer_norm_task(16, 64)
+    make()._compile_ahead([TASK, other], threading.Event())
+    assert sorted(compiled) == sorted((task.key, name) for task in (TASK, other) for name in ("slow", "fast"))
+
+
+def test_the_measured_code_goes_into_the_store(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, script = setup
+
+    def measured(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str) -> Evaluation:
+        key = target_for("cpu").binary_key(kernel, task, {"UNROLL": 1}, target_for("cpu").facts())
+        Binaries(binaries).put_binary(key, b"code of " + kernel.name.encode())
+        return dataclasses.replace(script(task, kernel, record, settings), constants=(("UNROLL", 1),))
+
+    monkeypatch.setattr(resolve, "evaluate", measured)
+    resolver = make()
+    record = resolver.decide(TASK).record
+    kernel, target = parse_kernel(record.kernel_text, record.kernel_name), target_for("cpu")
+    assert resolver.store.binary(target.binary_key(kernel, TASK, {"UNROLL": 1}, target.facts())) == b"code of fast"

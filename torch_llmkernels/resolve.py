@@ -8,17 +8,21 @@ in a worker process once, and the outcome is remembered. `choose` is the functio
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import logging
+import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.library import Library, default_library
 from torch_llmkernels.cache.store import BaseStore, open_store
 from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.evaluate.candidate import Binaries
+from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import Decision, Evaluation, Record
 from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
@@ -36,10 +40,9 @@ def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
         LLMKernelsError: with `on_miss="error"`, for the first task without a kernel worth swapping in.
     """
     resolver = Resolver(settings)
-    decided: dict[str, Decision] = {}
-    for task in tasks:
-        if task.key not in decided:
-            decided[task.key] = resolver.decide(task)
+    distinct = list({task.key: task for task in tasks}.values())
+    with resolver.compiling_ahead(distinct):
+        decided = {task.key: resolver.decide(task) for task in distinct}
     return [decided[task.key] for task in tasks]
 
 
@@ -57,6 +60,7 @@ class Resolver:
         self.library = library or default_library(settings)
         self.store = store or open_store(settings)
         self.deadline = time.monotonic() + settings.verify_budget_s
+        self._binaries: tempfile.TemporaryDirectory[str] | None = None  # code that is shared with the worker processes
         self.excluded: dict[str, str] = {}  # kernels of the signature that cannot serve the last task, and why
 
     def decide(self, task: Task) -> Decision:
@@ -82,6 +86,44 @@ class Resolver:
             reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
             decision = dataclasses.replace(decision, reason=reason)
         return decision if decision.record else self._miss(task, facts, key, decision)
+
+    @property
+    def binaries(self) -> str:
+        """A folder for compiled code, of this process and its workers."""
+        if self._binaries is None:
+            self._binaries = tempfile.TemporaryDirectory(prefix="llmk-", ignore_cleanup_errors=True)
+        return self._binaries.name
+
+    @contextlib.contextmanager
+    def compiling_ahead(self, tasks: Sequence[Task]) -> Iterator[None]:
+        """While the GPU measures the kernels of one task, compile those of the next ones in a process beside it.
+
+        On the CPU compiling would disturb the measuring, so there it is done when a kernel's turn comes.
+        """
+        ended = threading.Event()
+        if len(tasks) > 1 and all(task.device == "cuda" for task in tasks) and self.settings.swap != "none":
+            threading.Thread(target=self._compile_ahead, args=(tasks, ended), name="llmkernels-ahead", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _compile_ahead(self, tasks: Sequence[Task], ended: threading.Event) -> None:
+        """The thread of `compiling_ahead`. What fails here is reported by the evaluation that finds nothing compiled."""
+        try:
+            with using(self.settings):
+                target = target_for(tasks[0].device)
+                if target.unavailable():
+                    return
+                facts, other = target.facts(), Resolver(self.settings, self.library, self.store)
+                for task in tasks:
+                    known = self.store.decision(RecordKey.of(task, facts), explained=False) or Decision(None, "")
+                    for kernel, record in other.unverified(task, facts, known):
+                        if ended.is_set():
+                            return
+                        worker(self.settings, "compile").compile(job_of(task, kernel, record, self.settings, self.binaries))
+        except LLMKernelsError as error:
+            log.debug("compiling ahead ended: %s", error)
 
     def unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
         """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first."""
@@ -119,13 +161,23 @@ class Resolver:
                 if left <= 0:
                     complete = False
                     break
-                evaluation = evaluate(task, kernel, record, self.settings)
+                evaluation = evaluate(task, kernel, record, self.settings, self.binaries)
                 log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
                 known = merge(known, task, kernel, evaluation, facts, origin=record.origin if record else "library")
                 self.store.put_decision(key, known)
+        if known.record is not None:
+            self._keep_binary(known.record, facts)
         if not complete:
             return dataclasses.replace(known, reason="kept Inductor: the verification budget is spent (verify_budget_s)")
         return known
+
+    def _keep_binary(self, record: Record, facts: DeviceFacts) -> None:
+        """Put the code that was measured into the store: the first call of the region need not compile it again."""
+        kernel, target = parse_kernel(record.kernel_text, record.kernel_name), target_for(record.task.device)
+        key = target.binary_key(kernel, record.task, dict(record.constants), facts)
+        code = Binaries(self.binaries).binary(key)
+        if code is not None:
+            self.store.put_binary(key, code)
 
     def _miss(self, task: Task, facts: DeviceFacts, key: RecordKey, decision: Decision) -> Decision:
         """`on_miss` for a task that nothing wins."""
@@ -181,24 +233,30 @@ def _why_nothing(known: Decision, task: Task) -> str:
     return f"kept Inductor: no kernel implements {task.signature} for this task on {task.device}"
 
 
-def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settings) -> Evaluation:
-    """Check and time one kernel in this process's worker; a record's constants are taken, others are tuned."""
-    from torch_llmkernels.evaluate.run import Job
+def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "") -> Evaluation:
+    """Check and time one kernel in this process's worker; a record's constants are taken, others are tuned.
 
-    job = Job(
+    Args:
+        binaries: Folder of compiled code that the worker looks in and adds to.
+    """
+    return worker(settings).evaluate(job_of(task, kernel, record, settings, binaries))
+
+
+def job_of(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str) -> Job:
+    """The evaluation that decides whether a kernel is swapped in."""
+    return Job(
         task=task, kernel_text=kernel.text, kernel_name=kernel.name, tier=settings.verify, timed=settings.swap == "fastest",
-        constants=dict(record.constants) if record else None,
+        constants=dict(record.constants) if record else None, brief=True, binaries=binaries,
     )  # fmt: skip
-    return worker(settings).evaluate(job)
 
 
-_workers: dict[tuple[float, str], Any] = {}
+_workers: dict[tuple[str, float, str], Any] = {}
 _worker_lock = threading.Lock()
 
 
-def worker(settings: Settings) -> Any:
-    """The evaluation worker of this process for these limits, started at first use and closed at exit."""
-    limits = settings.worker_timeout_s, settings.cxx
+def worker(settings: Settings, purpose: str = "evaluate") -> Any:
+    """The worker of this process for a purpose and these limits, started at first use and closed at exit."""
+    limits = purpose, settings.worker_timeout_s, settings.cxx
     with _worker_lock:
         if limits not in _workers:
             from torch_llmkernels.evaluate.worker import Worker

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch_llmkernels.kernels.source import Kernel
     from torch_llmkernels.kernels.targets import Binary, Launcher, Target
 
-COMPILE_THREADS = 4
+COMPILE_THREADS = max(4, min(16, os.cpu_count() or 1))
 
 
 def spread(items: list[dict[str, int]], most: int) -> list[dict[str, int]]:

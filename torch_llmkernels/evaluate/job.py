@@ -24,6 +24,8 @@ class Job:
         seed: Of the data.
         device_index: Which device.
         binaries: Folder of compiled code, looked in before compiling and added to after; empty: none.
+        brief: Whether timing may end as soon as every turn agrees, by far, on which is faster: enough to decide, too little to
+            rank.
         profiled: Whether to read the device's counters of a kernel that is not far behind its baselines.
     """
 
@@ -35,6 +37,7 @@ class Job:
     timed: bool = True
     seed: int = 0
     device_index: int = 0
+    brief: bool = False
     profiled: bool = False
     binaries: str = ""
 

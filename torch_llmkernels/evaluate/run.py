@@ -241,7 +241,9 @@ class _Evaluator:
         floor = self._floor(device)
         timed = made.again(device)  # a launcher of its own: preparing it must not change the checked one
         prepare = timed.launcher.prepare if _is_prepared(made.kernel, self.task) else None
-        times = self._stopwatch(made, device).compare(timed.launcher, made.launcher, prepare=prepare)
+        times = self._stopwatch(made, device).compare(
+            timed.launcher, made.launcher, prepare=prepare, brief=self.job.brief
+        )
         if times.mismatch:
             raise _Rejected((), f"under timing: {times.mismatch}")
         if times.kernel_ms < roofline.BELOW_FLOOR * floor.impossible_ms:  # or was the device slow when it was measured?

@@ -34,6 +34,8 @@ MOST_SAMPLES, FEWEST_SAMPLES = 240, 9
 SCRATCH_ALIGN = 256
 POOL_EXTRA = 1 << 18
 """Places in a pool of random values from which an input's data may begin."""
+CLEARLY = 1.25
+"""A ratio beyond which no more turns are needed to tell which of two is faster."""
 GROUPS = 12
 """Groups of consecutive samples whose medians the spread is taken over, where there are four samples in each."""
 SECONDS_PER_SUBJECT = 0.7
@@ -211,7 +213,9 @@ class Stopwatch:
         ]
 
     @torch.no_grad()
-    def compare(self, run: Run, checked: Run, *, prepare: Run | None = None, max_autotune: bool = False) -> Times:
+    def compare(
+        self, run: Run, checked: Run, *, prepare: Run | None = None, max_autotune: bool = False, brief: bool = False
+    ) -> Times:
         """Time a candidate beside eager and Inductor, in turns.
 
         Args:
@@ -219,6 +223,7 @@ class Stopwatch:
             checked: The same kernel as it was checked, with nothing prepared; its outputs are what the timed ones must be.
             prepare: Called once per data set before timing, for constants that the runtime would prepare once.
             max_autotune: Add Inductor's max-autotune as a baseline.
+            brief: End when it is clear which is faster (`is_clear`).
         """
         if prepare is not None:
             for data in self._sets:
@@ -231,7 +236,7 @@ class Stopwatch:
                 subject.sample()
                 subject.samples.clear()
             order = random.Random(0)
-            while not all(s.enough for s in turns):
+            while not (all(s.enough for s in turns) or (brief and is_clear(kernel, baselines))):
                 for subject in order.sample(turns, len(turns)):
                     self._renew()
                     subject.sample()
@@ -291,6 +296,15 @@ class Stopwatch:
                 if not agree(timed, right):
                     return f"output {spec.name} of a timed call differs from that of a checked call on the same data"
         return None
+
+
+def is_clear(kernel: Subject, baselines: Sequence[Subject]) -> bool:
+    """Whether every turn of at least `FEWEST_SAMPLES` says the same by a factor of `CLEARLY`: it beats all baselines, or one
+    of them beats it."""
+    if len(kernel.samples) < FEWEST_SAMPLES:
+        return False
+    turns = [paired(s.samples, kernel.samples) for s in baselines]
+    return all(min(ratios) > CLEARLY for ratios in turns) or any(max(ratios) < 1 / CLEARLY for ratios in turns)
 
 
 def _pool(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch_llmkernels.kernels.source import Kernel
 
 log = logging.getLogger("torch_llmkernels.graph.op")
+_profiler = torch.autograd.profiler  # its flag is read at every call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Slot:
 
     def __call__(self, *args: Any) -> None:
         try:
-            if torch.autograd.profiler._is_profiler_enabled:
+            if _profiler._is_profiler_enabled:
                 with torch.profiler.record_function(self._range):
                     self.fn(*args)
             else:
