@@ -8,9 +8,11 @@ import statistics
 import pytest
 import torch
 from tasks import contiguous, layer_norm_task, relu_add_task
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 from torch_llmkernels.evaluate import timing
-from torch_llmkernels.evaluate.baseline import inductor
+from torch_llmkernels.evaluate.baseline import compile_ahead, inductor
 from torch_llmkernels.evaluate.buffers import empty
 from torch_llmkernels.evaluate.timing import Stopwatch, agree, make_sets
 from torch_llmkernels.kernels.device import cpu_facts
@@ -142,3 +144,12 @@ def test_a_program_that_inductor_refuses_leaves_eager(monkeypatch: pytest.Monkey
 def test_workspaces_come_between_outputs_and_inputs() -> None:
     (data, *_) = make_sets(relu_add_task(64), [contiguous("scratch", "float32", (5,))], cpu_facts())
     assert [t.numel() for t in data.tensors] == [64, 5, 64, 64]
+
+
+def test_a_baseline_that_was_compiled_ahead_is_found_in_torchs_cache() -> None:
+    task = relu_add_task(320)
+    with fresh_cache():
+        compile_ahead(task)
+        counters.clear()
+        assert inductor(task, [torch.randn(320), torch.randn(320)]) is not None
+        assert counters["inductor"]["fxgraph_cache_hit"] == 1 and counters["inductor"]["fxgraph_cache_miss"] == 0

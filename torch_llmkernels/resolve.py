@@ -11,6 +11,8 @@ import atexit
 import contextlib
 import dataclasses
 import logging
+import os
+import queue
 import tempfile
 import threading
 import time
@@ -31,6 +33,9 @@ from torch_llmkernels.settings import Settings, using
 from torch_llmkernels.task import Task
 
 log = logging.getLogger("torch_llmkernels.resolve")
+
+COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+"""Processes that compile beside the measuring; each compiles several constants of a kernel at a time."""
 
 
 def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
@@ -96,7 +101,7 @@ class Resolver:
 
     @contextlib.contextmanager
     def compiling_ahead(self, tasks: Sequence[Task]) -> Iterator[None]:
-        """While the GPU measures the kernels of one task, compile those of the next ones in a process beside it.
+        """While the GPU measures the kernels of one task, compile those of the next ones in processes beside it.
 
         On the CPU compiling would disturb the measuring, so there it is done when a kernel's turn comes.
         """
@@ -116,12 +121,15 @@ class Resolver:
                 if target.unavailable():
                     return
                 facts, other = target.facts(), Resolver(self.settings, self.library, self.store)
+                jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
                 for task in tasks:
                     known = self.store.decision(RecordKey.of(task, facts), explained=False) or Decision(None, "")
-                    for kernel, record in other.unverified(task, facts, known):
-                        if ended.is_set():
-                            return
-                        worker(self.settings, "compile").compile(job_of(task, kernel, record, self.settings, self.binaries))
+                    for position, (kernel, record) in enumerate(other.unverified(task, facts, known)):
+                        job = job_of(task, kernel, record, self.settings, self.binaries)
+                        jobs.put(dataclasses.replace(job, timed=job.timed and position == 0))  # the baseline once per task
+                for number in range(min(COMPILERS, jobs.qsize())):
+                    compiler = worker(self.settings, f"compile {number}")
+                    threading.Thread(target=_compile_all, args=(compiler, jobs, ended), daemon=True).start()
         except LLMKernelsError as error:
             log.debug("compiling ahead ended: %s", error)
 
@@ -248,6 +256,12 @@ def job_of(task: Task, kernel: Kernel, record: Record | None, settings: Settings
         task=task, kernel_text=kernel.text, kernel_name=kernel.name, tier=settings.verify, timed=settings.swap == "fastest",
         constants=dict(record.constants) if record else None, brief=True, binaries=binaries,
     )  # fmt: skip
+
+
+def _compile_all(compiler: Any, jobs: queue.SimpleQueue[Job], ended: threading.Event) -> None:
+    with contextlib.suppress(queue.Empty):
+        while not ended.is_set():
+            compiler.compile(jobs.get_nowait())
 
 
 _workers: dict[tuple[str, float, str], Any] = {}

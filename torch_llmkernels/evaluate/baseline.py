@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from torch_llmkernels.evaluate.buffers import empty
 from torch_llmkernels.evaluate.reference import precision
 from torch_llmkernels.program import module_of
 from torch_llmkernels.task import Task
@@ -42,6 +47,32 @@ def inductor(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool = Fa
     return _compiled[key]
 
 
+def compile_ahead(task: Task) -> None:
+    """Let Inductor compile the task and run nothing: a later `inductor` finds the code in torch's compile caches on disk."""
+    from torch._inductor.compile_fx import compile_fx
+
+    if task.key in _ahead:
+        return
+    _ahead.add(task.key)
+    static = task.at()
+    try:
+        with _compiling(task):
+            compile_fx(module_of(static), [empty(t, task.device) for t in static.inputs])
+    except Exception as error:  # `inductor` will say the same
+        log.debug("no Inductor baseline for %s ahead: %s: %s", task.signature, type(error).__name__, error)
+
+
+@contextlib.contextmanager
+def _compiling(task: Task) -> Iterator[None]:
+    """A context of static shapes of its own: without one, Inductor does not use its cache."""
+    fake = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
+    with torch.no_grad(), precision(task.numerics), tracing(TracingContext(fake)):
+        yield
+
+
+_ahead: set[str] = set()  # keys of the tasks that this process has compiled ahead
+
+
 def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> Call | None:
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -53,8 +84,9 @@ def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> 
 
     patches = {"max_autotune": True} if max_autotune else {}
     try:
-        with torch.no_grad(), precision(task.numerics):
+        with _compiling(task):
             whole = compile_fx(module_of(task), list(inputs), inner_compile=keep, config_patches=patches)
+        with torch.no_grad(), precision(task.numerics):
             expected = whole(*inputs)
             return _inner_call(inner, inputs, expected) or (lambda tensors: whole(*tensors))
     except Exception as error:  # whatever Inductor cannot do, eager is left to compare with

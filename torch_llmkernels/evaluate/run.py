@@ -78,7 +78,7 @@ def evaluate(job: Job, progress: Progress = lambda stage: None) -> Evaluation:
 
 
 def compile_ahead(job: Job) -> None:
-    """Compile what `evaluate` will compile, into the folder `job.binaries`.
+    """Compile what `evaluate` will compile: the kernel into the folder `job.binaries`, its baseline into torch's caches.
 
     Raises:
         LLMKernelsError: where there is nothing to compile; `evaluate` says it in its own way.
@@ -88,6 +88,10 @@ def compile_ahead(job: Job) -> None:
         given = job.constants
         combinations = kernel.tunings(job.task, device.facts) if given is None else [dict(given)]
         compile_each(kernel, job.task, spread(combinations, MOST_TUNINGS), device, Binaries(job.binaries))
+        if job.timed:
+            from torch_llmkernels.evaluate import baseline
+
+            baseline.compile_ahead(job.task)
 
 
 def _device_failure(error: RuntimeError) -> tuple[Status, str]:
