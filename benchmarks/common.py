@@ -130,8 +130,8 @@ class Results:
             self.rows = [row for row in json.loads(self.path.read_text())["rows"] if "skipped" not in row]
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add or replace a row and write the file."""
-        self.rows = [r for r in self.rows if self._name(r) != self._name(row)] + [row]
+        """Add or replace a row and write the file; a row names its commit, since a resumed file holds rows of several."""
+        self.rows = [r for r in self.rows if self._name(r) != self._name(row)] + [{**row, "commit": self.header["commit"]}]
         self.write()
 
     def write(self) -> None:

@@ -48,6 +48,18 @@ class ConvBatchNormAddRelu(nn.Module):
         return F.relu(self.norm(self.conv(x)) + shortcut)
 
 
+class Stem(nn.Module):
+    """The stem of a ResNet: 7x7 convolution with stride 2, batch norm, ReLU, 3x3 max-pool with stride 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.norm = nn.BatchNorm2d(64).eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.relu(self.norm(self.conv(x))), 3, 2, 1)
+
+
 class Attention(nn.Module):
     """Scaled dot-product attention of three (batch, heads, tokens, width) tensors."""
 
@@ -67,6 +79,7 @@ class Problem:
         channels_last: Whether inputs and module use that layout.
         training: Whether a backward pass belongs to the problem.
         tf32: Whether TF32 is allowed for convolutions and products; the strict tier forbids it.
+        classes: If not 0, a last input of that many classes: an index for each row of the first input.
     """
 
     name: str
@@ -76,6 +89,7 @@ class Problem:
     channels_last: bool = False
     training: bool = False
     tf32: bool = False
+    classes: int = 0
 
     def make(self, device: str, seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
         """The module and its inputs on `device`; affine weights are not their trivial defaults."""
@@ -86,17 +100,27 @@ class Problem:
                 if parameter.ndim == 1 or isinstance(module, nn.LayerNorm):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + 1)
         inputs = [torch.randn(shape, generator=generator).to(device, self.dtype) for shape in self.shapes]
+        if self.classes:
+            inputs.append(torch.randint(self.classes, self.shapes[0][:1], generator=generator).to(device))
         module = module.to(device)
         if self.channels_last:
             module = module.to(memory_format=torch.channels_last)
             inputs = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in inputs]
         if self.training:
-            inputs = [t.requires_grad_() for t in inputs]
+            inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
         return module, inputs
 
 
 def _softmax(x: torch.Tensor) -> torch.Tensor:
     return F.softmax(x, -1)
+
+
+def _log_softmax(x: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(x, -1)
+
+
+def _masked_softmax(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return F.softmax(x * 0.125 + mask, -1)
 
 
 SEED = (
@@ -128,6 +152,13 @@ WIDER = (
         lambda: ConvReluPool(64, 64, 3, 1, 1, pool=2),
         ((32, 64, 224, 224),),
     ),
+    Problem("log_softmax_8192x32000_fp32", lambda: Call(_log_softmax), ((8192, 32000),)),
+    Problem("cross_entropy_8192x32000_fp32", lambda: Call(F.cross_entropy), ((8192, 32000),), classes=32000),
+    Problem("masked_softmax_16x12x512x512_fp32", lambda: Call(_masked_softmax), ((16, 12, 512, 512), (16, 1, 1, 512))),
+    Problem("resnet_stem_32_fp32", Stem, ((32, 3, 224, 224),)),
+    Problem("resnet_stem_64_fp16", Stem, ((64, 3, 224, 224),), torch.float16, channels_last=True),
+    Problem("attention_4x16x4096x128_fp16", Attention, ((4, 16, 4096, 128),) * 3, torch.float16),
+    Problem("attention_32x32x512x1024_fp16", Attention, ((32, 32, 512, 1024),) * 3, torch.float16),
     Problem("attention_4x16x2048x64_fp16", Attention, ((4, 16, 2048, 64),) * 3, torch.float16),
     Problem("matmul_fp16_4096", lambda: Call(torch.matmul), ((4096, 4096), (4096, 4096)), torch.float16),
 )

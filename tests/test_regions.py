@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,27 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torch_llmkernels.backend import served_by
+from torch_llmkernels.cache.library import Library
 from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
 
 
 def regions(gm: fx.GraphModule, **kwargs: Any) -> list[Region]:
     return find_regions(gm.graph, **kwargs)[0]
+
+
+KERNEL_OF_CONV = """/*---
+implements = "{signature}"
+target = "cpu"
+dtypes = ["float32"]
+where = ["{where}"]
+align = 4
+[[launch]]
+kernel = "conv"
+args = ["x", "weight", "bias", "y"]
+---*/
+extern "C" void conv(const T* x, const T* weight, const T* bias, T* y) {{}}
+"""
 
 
 def signatures(gm: fx.GraphModule, **kwargs: Any) -> list[str]:
@@ -185,12 +202,25 @@ def test_overlap_goes_to_the_longer_match_then_to_the_first_and_the_loser_shrink
     gm = capture(lambda x: net[1](net[0](x) + x), torch.randn(4, 8))
     assert signatures(gm) == ["linear.add", "layer_norm"]
     assert reasons(gm) == {"add.layer_norm": "overlaps linear.add"}
-    assert signatures(gm, prefer={"add.layer_norm"}) == ["linear", "add.layer_norm"]
+    assert signatures(gm, serves=lambda region: region.signature == "add.layer_norm") == ["linear", "add.layer_norm"]
 
 
-def test_prefer_takes_the_shorter_match_that_a_kernel_exists_for() -> None:
+def test_a_shorter_match_that_a_kernel_serves_wins_over_a_longer_one() -> None:
     gm = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8))
-    assert signatures(gm, prefer={"conv2d.relu"}) == ["conv2d.relu"]
+    assert signatures(gm, serves=lambda region: region.signature == "conv2d.relu") == ["conv2d.relu"]
+    assert signatures(gm, serves=lambda region: region.signature in ("conv2d", "conv2d.relu")) == ["conv2d.relu"]
+
+
+def test_what_serves_is_asked_of_the_task_not_of_its_signature(tmp_path: Path) -> None:
+    for signature, where in (("conv2d.relu.max_pool2d", "weight.shape[0] == 64"), ("conv2d.relu", "weight.shape[0] == 4")):
+        (tmp_path / signature).mkdir()
+        header = KERNEL_OF_CONV.format(signature=signature, where=where)
+        (tmp_path / signature / "one.cpp").write_text(header)
+    serves = served_by(Library(tmp_path, strict=True))
+    small = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8))
+    wide = capture(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8))
+    assert signatures(small, serves=serves) == ["conv2d.relu"]
+    assert signatures(wide, serves=serves) == ["conv2d.relu.max_pool2d"]
 
 
 def test_nodes_of_different_recompute_tags_are_not_mixed() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from tasks import contiguous, layer_norm_task, relu_add_task
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
 from torch._inductor.utils import fresh_cache
 
 from torch_llmkernels.evaluate import timing
@@ -153,3 +155,16 @@ def test_a_baseline_that_was_compiled_ahead_is_found_in_torchs_cache() -> None:
         counters.clear()
         assert inductor(task, [torch.randn(320), torch.randn(320)]) is not None
         assert counters["inductor"]["fxgraph_cache_hit"] == 1 and counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+def test_a_baseline_is_compiled_for_the_sizes_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Size] = []
+    compile_inner = compile_fx.compile_fx_inner
+
+    def watched(gm: torch.fx.GraphModule, inputs: list[torch.Tensor], **options: Any) -> Any:
+        seen.extend(t.shape for t in inputs)
+        return compile_inner(gm, inputs, **options)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", watched)
+    assert inductor(relu_add_task(321), [torch.randn(321), torch.randn(321)]) is not None
+    assert [tuple(map(type, shape)) for shape in seen] == [(int,), (int,)] and seen[0] == (321,)

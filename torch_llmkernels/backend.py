@@ -17,10 +17,11 @@ Whatever goes wrong on the way is logged and the graph goes to Inductor; `strict
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,12 +30,13 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from torch_llmkernels import graph_decision, online, plan, ranks, registry
+from torch_llmkernels.cache.library import Library
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph.constants import constants_of
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
 from torch_llmkernels.graph.op import bind, encode_spec
-from torch_llmkernels.graph.regions import find_regions
+from torch_llmkernels.graph.regions import Region, find_regions
 from torch_llmkernels.graph.scan import might_match
 from torch_llmkernels.graph.swap import swap, tidy
 from torch_llmkernels.graph.task_of import RegionTask, task_of
@@ -280,7 +282,7 @@ def _subgraph_caches_restored() -> Iterator[None]:
 def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], list[RegionReport]]:
     """The regions of a functional ATen graph as tasks, in graph order, and a report of every one that was not taken."""
     most = request.settings.max_regions
-    regions, skipped = find_regions(graph, request.prefer)
+    regions, skipped = find_regions(graph, served_by(request.library))
     reports = [RegionReport(s.signature, "", "", False, f"kept Inductor: {s.reason}") for s in skipped]
     constants = constants_of(graph) if regions else frozenset()
     found = []
@@ -293,6 +295,23 @@ def find_tasks(graph: fx.Graph, request: Request) -> tuple[list[RegionTask], lis
         reason = f"kept Inductor: more than max_regions={most} regions in one graph"
         reports.append(RegionReport(region.signature, "", "", False, reason))
     return found, reports
+
+
+def served_by(library: Library) -> Callable[[Region], bool]:
+    """Whether some kernel of the library would serve a region, by its header; how fast it is, `resolve` finds out."""
+    signatures = frozenset(library.signatures())
+    kernels = functools.cache(library.kernels)
+
+    def serves(region: Region) -> bool:
+        if region.signature not in signatures:
+            return False
+        try:
+            task = task_of(region).task
+        except TaskError:
+            return False
+        return any(kernel.why_not(task) is None for kernel in kernels(task.signature, task.device))
+
+    return serves
 
 
 def decide(tasks: Sequence[Task], request: Request) -> list[Decision]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torch_llmkernels.cache.library import Library
 from torch_llmkernels.errors import SettingsError
 from torch_llmkernels.settings import KNOBS, Settings, current, unknown_name
 
@@ -30,11 +31,11 @@ class Request:
     inductor: Any
 
     @functools.cached_property
-    def prefer(self) -> tuple[str, ...]:
-        """Signatures that the library has a kernel for: a match of one of these beats a longer match without a kernel."""
+    def library(self) -> Library:
+        """The kernels to consider. A region that one of them serves is taken before a longer one that none does."""
         from torch_llmkernels.cache.library import default_library
 
-        return tuple(default_library(self.settings).signatures())
+        return default_library(self.settings)
 
     def inductor_option(self, name: str) -> Any:
         """The value of an Inductor option under this request."""

@@ -111,7 +111,7 @@ def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Req
     options.append(("freezing", repr(request.inductor_option("freezing"))))
     return digest([
         source_digest(), torch.__version__, code, leaves, state, [_describe(value) for value in example_inputs], options,
-        request.prefer, request.settings.max_regions, hints, _flags(),
+        request.library.digest, request.settings.max_regions, hints, _flags(),
     ])  # fmt: skip
 
 

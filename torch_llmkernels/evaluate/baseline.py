@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,32 +48,35 @@ def inductor(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool = Fa
 
 def compile_ahead(task: Task) -> None:
     """Let Inductor compile the task and run nothing: a later `inductor` finds the code in torch's compile caches on disk."""
-    from torch._inductor.compile_fx import compile_fx
-
     if task.key in _ahead:
         return
     _ahead.add(task.key)
-    static = task.at()
     try:
-        with _compiling(task):
-            compile_fx(module_of(static), [empty(t, task.device) for t in static.inputs])
+        _compile_fx(task.at())
     except Exception as error:  # `inductor` will say the same
         log.debug("no Inductor baseline for %s ahead: %s: %s", task.signature, type(error).__name__, error)
-
-
-@contextlib.contextmanager
-def _compiling(task: Task) -> Iterator[None]:
-    """A context of static shapes of its own: without one, Inductor does not use its cache."""
-    fake = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
-    with torch.no_grad(), precision(task.numerics), tracing(TracingContext(fake)):
-        yield
 
 
 _ahead: set[str] = set()  # keys of the tasks that this process has compiled ahead
 
 
+def _compile_fx(task: Task, **options: Any) -> Call:
+    """`compile_fx` on a static task.
+
+    The inputs are fake, with sizes that are no symbols (Inductor would give symbolic ones to an input that it makes fake itself),
+    in a tracing context with a shape environment, without which Inductor would not use its cache.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    fake = FakeTensorMode(shape_env=ShapeEnv())
+    with torch.no_grad(), precision(task.numerics), tracing(TracingContext(fake)):
+        with fake:
+            inputs = [empty(t, task.device) for t in task.inputs]
+        return compile_fx(module_of(task), inputs, **options)
+
+
 def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> Call | None:
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.compile_fx import compile_fx_inner
 
     inner: list[Any] = []
 
@@ -84,8 +86,7 @@ def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> 
 
     patches = {"max_autotune": True} if max_autotune else {}
     try:
-        with _compiling(task):
-            whole = compile_fx(module_of(task), list(inputs), inner_compile=keep, config_patches=patches)
+        whole = _compile_fx(task, inner_compile=keep, config_patches=patches)
         with torch.no_grad(), precision(task.numerics):
             expected = whole(*inputs)
             return _inner_call(inner, inputs, expected) or (lambda tensors: whole(*tensors))

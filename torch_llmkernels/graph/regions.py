@@ -1,15 +1,15 @@
 """Which nodes of a functional ATen graph one kernel could replace.
 
-`find_regions` scans for anchors, matches every pattern at each, and takes matches greedily: those whose signature is in `prefer`
-first, then the ones with more calls, then the one that comes first in the graph. A match whose nodes are partly taken gives way
-to a shorter extent of itself. Around the reductions that are left, regions without a name grow. Everything that could have been a
-region and is none is a `Skipped` with its reason.
+`find_regions` scans for anchors, matches every pattern at each, and takes matches greedily: at each anchor the longest one that
+some kernel serves first, then the ones with more calls, then the one that comes first in the graph. A match whose nodes are
+partly taken gives way to a shorter extent of itself. Around the reductions that are left, regions without a name grow.
+Everything that could have been a region and is none is a `Skipped` with its reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import fx
@@ -68,12 +68,12 @@ def has_anchor(graph: fx.Graph) -> bool:
     return any(op_name(n) in ops for n in graph.nodes)
 
 
-def find_regions(graph: fx.Graph, prefer: Collection[str] = ()) -> tuple[list[Region], list[Skipped]]:
+def find_regions(graph: fx.Graph, serves: Callable[[Region], bool] = lambda region: False) -> tuple[list[Region], list[Skipped]]:
     """The regions of a functional ATen graph (inference, or joint forward and backward) and what was not taken.
 
     Args:
         graph: With `meta["val"]` on every node.
-        prefer: Signatures that a kernel exists for: a shorter match of one of these wins over a longer one that has none.
+        serves: Whether a kernel exists for a region: a shorter match that one serves wins over a longer one that none does.
 
     Returns:
         Regions in topological order of their first node. No two overlap, and replacing all of them leaves no cycle.
@@ -83,7 +83,9 @@ def find_regions(graph: fx.Graph, prefer: Collection[str] = ()) -> tuple[list[Re
     finder = _Finder(graph)
     found, skipped = _candidates(graph, finder.backward)
     order = finder.order
-    found.sort(key=lambda m: (m.signature not in prefer, -m.calls, min(order[n] for n in m.nodes)))
+    found.sort(key=lambda m: (-m.calls, min(order[n] for n in m.nodes)))
+    preferred = _longest_served(found, finder, serves)
+    found.sort(key=lambda m: id(m) not in preferred)  # stable
     refused: dict[fx.Node, Skipped] = {}
     for match in found:
         if match.anchor in finder.anchors:
@@ -102,6 +104,15 @@ def find_regions(graph: fx.Graph, prefer: Collection[str] = ()) -> tuple[list[Re
             finder.take(_grown_region(grown, order))
     skipped += refused.values()
     return sorted(finder.regions, key=lambda r: order[r.nodes[0]]), skipped
+
+
+def _longest_served(found: list[Match], finder: _Finder, serves: Callable[[Region], bool]) -> set[int]:
+    """Of the matches at each anchor, longest first, the id of the first that some kernel serves."""
+    preferred: dict[fx.Node, int] = {}
+    for match in found:
+        if match.anchor not in preferred and not finder.refusal(match) and serves(_region(match, finder.order)):
+            preferred[match.anchor] = id(match)
+    return set(preferred.values())
 
 
 def _candidates(graph: fx.Graph, backward: Collection[fx.Node]) -> tuple[list[Match], list[Skipped]]:
