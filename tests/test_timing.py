@@ -155,6 +155,7 @@ def test_a_baseline_that_was_compiled_ahead_is_found_in_torchs_cache() -> None:
         counters.clear()
         assert inductor(task, [torch.randn(320), torch.randn(320)]) is not None
         assert counters["inductor"]["fxgraph_cache_hit"] == 1 and counters["inductor"]["fxgraph_cache_miss"] == 0
+        assert not counters["aot_autograd"]["autograd_cache_hit"]  # which would hide the call without its wrapper
 
 
 def test_a_baseline_is_compiled_for_the_sizes_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,14 +64,16 @@ def _compile_fx(task: Task, **options: Any) -> Call:
     """`compile_fx` on a static task.
 
     The inputs are fake, with sizes that are no symbols (Inductor would give symbolic ones to an input that it makes fake itself),
-    in a tracing context with a shape environment, without which Inductor would not use its cache.
+    in a tracing context with a shape environment, without which Inductor would not use its cache. AOTAutograd's cache stays off:
+    a hit there would skip `inner_compile`, and with it the call without AOTAutograd's wrapper.
     """
     from torch._inductor.compile_fx import compile_fx
 
     fake = FakeTensorMode(shape_env=ShapeEnv())
-    with torch.no_grad(), precision(task.numerics), tracing(TracingContext(fake)):
-        with fake:
-            inputs = [empty(t, task.device) for t in task.inputs]
+    with fake:
+        inputs = [empty(t, task.device) for t in task.inputs]
+    no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch.no_grad(), precision(task.numerics), tracing(TracingContext(fake)), no_cache:
         return compile_fx(module_of(task), inputs, **options)
 
 
