@@ -169,7 +169,9 @@ HEADS = {
 def section(result: Result, name: str) -> str:
     """One device's table under a line that says where and how it was measured."""
     versions = result["versions"]
-    where = f"{result['device']}, torch {versions.get('torch', '?')}, commit {result['commit']}, {result['date']}"
+    commits = list(dict.fromkeys(row.get("commit", result["commit"]) for row in result["rows"]))  # a resumed file has several
+    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    where = f"{result['device']}, torch {versions.get('torch', '?')}, {named}, {result['date']}"
     image = f"\n\n![{name}](benchmarks/results/{result['device_kind']}/{result['file']}.svg)" if speedups(result, name) else ""
     return f"**{where}**\n\n{TABLES[name](result)}{image}"
 
