@@ -165,7 +165,10 @@ def check_stateless(code: bytes, name: str) -> None:
     """
     size = read_shared_object(code).sections.get(".nv.global", 0)
     if size:
-        raise CompileError(f"{name}: has {size} bytes of __device__ variables; a kernel keeps no state, use a [[workspace]]")
+        raise CompileError(
+            f"{name}: has {size} bytes of __device__ variables; a kernel keeps no state, use a [[workspace]] (a constexpr at "
+            "namespace scope whose address is taken counts: make it an enum or a macro)"
+        )
 
 
 def resources_of(log: str, binary_bytes: int) -> Resources:

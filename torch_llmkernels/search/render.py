@@ -28,7 +28,7 @@ _INVENT = "each is a complete design, as different from the others as can be; at
 _IMPROVE_ONE = "it improves what exists or is a different design of the whole kernel, whichever promises more"
 _INVENT_ONE = "it is a complete design"
 _REBUILD = "Implement the idea in full; keep what is good in the kernel to start from, and rebuild the rest around it freely."
-_FROM_SCRATCH = "Implement the idea in full; there is no kernel to start from."
+_FROM_SCRATCH = "Implement the idea in full; take over from kernels that are shown above what helps."
 
 
 def ideas_prompt(goal: Goal, tree: Tree, seed: Candidate | None, number: int) -> tuple[str, str]:
