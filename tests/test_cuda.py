@@ -248,6 +248,20 @@ def test_misaligned_tensors_are_not_applicable_and_launch_nothing(monkeypatch: p
     assert not recorder.calls
 
 
+def test_every_call_launches_on_its_own_tensors_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, aligned = tasks.layer_norm_task(3, 64, device="cuda", bias=False), edited("layer_norm", "align      = 1", "align = 16")
+    launcher, recorder, _ = recorded(monkeypatch, aligned, task, {"THREADS": 128}, [8] * 6 + [4, 4])
+    first, second = ([FakeTensor(16 * (i + start)) for i in range(3)] for start in (1, 9))
+    for stream, (y, x, weight) in ((70, first), (70, first), (71, second), (70, first)):
+        monkeypatch.setattr(launcher, "_raw_stream", lambda index, stream=stream: stream)
+        launcher(y, x, weight)
+        made = recorder.calls[-1]
+        assert [as_int(v) for v in made.values[:4]] == [x.pointer, weight.pointer, 0, y.pointer] and made.stream == stream
+    with pytest.raises(NotApplicable, match="16 bytes"):
+        launcher(FakeTensor(first[0].pointer + 1), *first[1:])
+    assert len(recorder.calls) == 4
+
+
 def test_tensor_maps_are_encoded_once_per_address_and_passed_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
     task = tasks.matmul_task(256, 128, 64, b_transposed=True)
     launcher, recorder, _ = recorded(monkeypatch, kernel("tma_wgmma"), task, {}, [128, 128, 8, 4, 4])

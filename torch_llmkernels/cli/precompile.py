@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.cli import explain, output
 from torch_llmkernels.errors import LLMKernelsError
+
+if TYPE_CHECKING:
+    from torch_llmkernels.capture import Call
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if the budget ended before everything was decided."""
     from torch_llmkernels.precompilation.run import precompile
 
-    model, inputs = made(args)
-    calls = [tensors(spec, model, args.device) for spec in args.input] or [inputs]
+    model, call = made(args)
+    calls = [tensors(spec, model, args.device) for spec in args.input] or [call.args]
     try:
         report = precompile(
             model,
             calls[0],
+            None if args.input else call.kwargs,
             more_inputs=calls[1:],
             training=args.training,
             dynamic_dims=dynamic_dims(args.dynamic),
@@ -60,25 +64,38 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.complete or report.dry_run else 1
 
 
-def made(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...]]:
-    """The factory's model and inputs, moved to `--device`.
+def made(args: argparse.Namespace) -> tuple[Any, Call]:
+    """The factory's model and the call it returned, moved to `--device`.
 
     Raises:
-        LLMKernelsError: if the factory raises.
+        LLMKernelsError: if the factory raises, or `--device` cannot be used here.
         UsageError: if it cannot be found or returns something else.
     """
-    import torch
-
     try:
-        model, inputs = explain.made(args.factory)
+        model, call = explain.made(args.factory)
     except (LLMKernelsError, KeyboardInterrupt):
         raise
     except Exception as error:  # a user's code may raise anything
         raise LLMKernelsError(f"{args.factory} raised {type(error).__name__}: {error}; run it by itself to see where") from error
-    if args.device:
-        model = model.to(args.device) if isinstance(model, torch.nn.Module) else model
-        inputs = tuple(v.to(args.device) if isinstance(v, torch.Tensor) else v for v in inputs)
-    return model, inputs
+    return moved(model, call, args.device) if args.device else (model, call)
+
+
+def moved(model: Any, call: Call, device: str) -> tuple[Any, Call]:
+    """Model and call on `device`; tensors inside lists and dicts of the call too.
+
+    Raises:
+        LLMKernelsError: if this machine, or this build of torch, does not have the device.
+    """
+    import torch
+
+    from torch_llmkernels.capture import Call
+
+    try:
+        model = model.to(device) if isinstance(model, torch.nn.Module) else model
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (call.args, dict(call.kwargs)))
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise LLMKernelsError(f"--device {device}: {error}; llmkernels doctor shows what is here") from error
+    return model, Call(args, kwargs)
 
 
 def tensors(spec: str, model: Any, device: str | None) -> tuple[Any, ...]:
