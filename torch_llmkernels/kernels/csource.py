@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 from torch_llmkernels.errors import KernelSourceError
 
@@ -44,15 +45,14 @@ _FORBIDDEN_CALLS_CPU = {
 }  # fmt: skip
 
 _TOKEN = re.compile(
-    r"""(?P<comment>//[^\n]*|/\*.*?\*/)|(?P<raw>(?:u8|u|U|L)?R"[^\n(]{0,16}\()|(?P<string>"(?:\\.|[^"\\\n])*")"""
+    r"""(?P<number>\.?\d(?:[eEpP][+-]|[\w.]|'(?=\w))*)"""  # before the others: digit separators look like character literals
+    r"""|(?P<comment>//[^\n]*|/\*.*?\*/)|(?P<raw>(?:u8|u|U|L)?R"[^\n(]{0,16}\()|(?P<string>"(?:\\.|[^"\\\n])*")"""
     r"""|(?P<name>[A-Za-z_]\w*)|(?P<char>'(?:\\.|[^'\\\n])+')|(?P<space>\s+)|(?P<other>.)""",
     re.DOTALL,
 )
-_NUMBER = re.compile(r"\.?\d(?:[eEpP][+-]|[\w.]|'(?=\w))*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token of the body: `kind` is name, number, string, char or other; `line` counts from the file's first line."""
 
     kind: str
@@ -85,25 +85,18 @@ def tokenize(body: str, first_line: int = 1) -> list[Token]:
         KernelSourceError: for raw string literals, which would hide code from this reader.
     """
     tokens: list[Token] = []
-    position, line = 0, first_line
-    while position < len(body):
-        kind, text = _next(body, position)
+    line = first_line
+    for match in _TOKEN.finditer(body):  # without gaps: `other` matches any character
+        kind, text = match.lastgroup or "", match.group()
         if kind == "raw":
             raise KernelSourceError(f"line {line}: raw string literals are not allowed; a kernel needs no strings")
-        if kind not in ("comment", "space"):
+        if kind in ("comment", "space"):
+            line += text.count("\n")
+        else:
             tokens.append(Token(kind, text, line))
-        line += text.count("\n")
-        position += len(text)
+            if kind in ("string", "char"):  # a backslash may end a line inside
+                line += text.count("\n")
     return tokens
-
-
-def _next(body: str, position: int) -> tuple[str, str]:
-    number = _NUMBER.match(body, position)  # before the others: digit separators look like character literals
-    if number:
-        return "number", number.group()
-    match = _TOKEN.match(body, position)
-    assert match is not None and match.lastgroup is not None  # `other` matches any character
-    return match.lastgroup, match.group()
 
 
 def check_tokens(body: str, tokens: list[Token], target: str, first_line: int = 1) -> None:
