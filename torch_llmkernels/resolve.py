@@ -276,5 +276,22 @@ def worker(settings: Settings, purpose: str = "evaluate") -> Any:
             from torch_llmkernels.evaluate.worker import Worker
 
             _workers[limits] = Worker(settings)
-            atexit.register(_workers[limits].close)
         return _workers[limits]
+
+
+@atexit.register
+def _close_workers() -> None:
+    for each in _workers.values():
+        each.close()
+
+
+def _leave_workers() -> None:
+    """In a forked process: the workers are its parent's, and two that write into one pipe would read each other's answers."""
+    global _worker_lock
+    _worker_lock = threading.Lock()  # whoever held it is not in this process
+    for each in _workers.values():
+        each.leave()
+    _workers.clear()
+
+
+os.register_at_fork(after_in_child=_leave_workers)

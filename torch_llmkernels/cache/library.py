@@ -67,8 +67,8 @@ class Library:
 
     def signatures(self) -> list[str]:
         """Every signature that has a kernel, sorted."""
-        found = (self._kernel(path) for suffix in SUFFIX.values() for path in self.root.glob(f"*/*{suffix}"))
-        return sorted({signature for kernel in found if kernel is not None for signature in kernel.implements})
+        paths = (path for suffix in SUFFIX.values() for path in self.root.glob(f"*/*{suffix}"))
+        return sorted({signature for path in paths for signature in self._implements(path)})
 
     def kernels(self, signature: str, target: str) -> tuple[Kernel, ...]:
         """The kernels of `signature` for `target` (`cuda` or `cpu`): its own folder first, then what others serve it too.
@@ -76,13 +76,21 @@ class Library:
         Raises:
             KernelSourceError: with `strict`, for a file that does not parse.
         """
-        found = (self._kernel(path) for path in self._paths(signature, f"*{SUFFIX[target]}"))
-        return tuple(kernel for kernel in found if kernel is not None and signature in kernel.implements)
+        paths = (path for path in self._paths(signature, f"*{SUFFIX[target]}") if signature in self._implements(path))
+        return tuple(kernel for kernel in map(self._kernel, paths) if kernel is not None)
 
     def _paths(self, signature: str, pattern: str) -> list[Path]:
         """Files of kernels, the signature's own folder first."""
         home = _plain(signature)
         return sorted(self.root.glob(f"*/{pattern}"), key=lambda path: (path.parent.name != home, path))
+
+    def _implements(self, path: Path) -> tuple[str, ...]:
+        """The signatures of a file, by its header alone: reading whole files is left to those that a graph asks for."""
+        stat = path.stat()
+        found = _header(str(path), stat.st_mtime_ns, stat.st_size)
+        if found is None:
+            self._kernel(path)  # says what is wrong
+        return found or ()
 
     def _kernel(self, path: Path) -> Kernel | None:
         stat = path.stat()
@@ -137,8 +145,7 @@ class Library:
         if home.exists():
             return home
         others = self._paths(signature, _plain(name) + SUFFIX[device])
-        serving = (p for p in others if (kernel := self._kernel(p)) is not None and signature in kernel.implements)
-        return next(serving, home)
+        return next((path for path in others if signature in self._implements(path)), home)
 
     @property
     def digest(self) -> str:
@@ -200,6 +207,17 @@ def _plain(name: str) -> str:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(path: str, _mtime_ns: int, _size: int) -> tuple[str, ...] | None:
+    """The signatures that a file's header names, None if it cannot be read; remembered until the file changes."""
+    from torch_llmkernels.kernels.source import implements
+
+    try:
+        return implements(Path(path).read_text())
+    except (LLMKernelsError, UnicodeDecodeError):
+        return None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -123,6 +123,12 @@ class Worker:
         with self._lock:
             self._stop()
 
+    def leave(self) -> None:
+        """In a forked process: let go of the child, which is the parent's, without ending it; a later job starts another."""
+        child, self._child, self._lock = self._child, None, threading.Lock()
+        if child is not None:
+            child.release()
+
     def __enter__(self) -> Worker:
         return self
 
@@ -234,6 +240,10 @@ class _Child:
         """End the child and let go of its pipes."""
         self.end()
         self._process.wait()
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the pipes and the log."""
         for descriptor in (self._to, self._from):
             with contextlib.suppress(OSError):
                 os.close(descriptor)

@@ -122,10 +122,7 @@ def parse_header(toml: str) -> Header:
     Raises:
         KernelSourceError: saying which field is wrong, why, and what it should be.
     """
-    try:
-        table = tomllib.loads(toml)
-    except tomllib.TOMLDecodeError as error:
-        raise KernelSourceError(f"the header is not TOML: {error}") from None
+    table = _table(toml)
     _known(table, _TOP, "header")
     target = _choice(table, "target", TARGETS, "header")
     return Header(
@@ -153,6 +150,22 @@ def _implements(table: Mapping[str, Any]) -> tuple[str, ...]:
             raise KernelSourceError(f"header: 'implements' lists {list(found)!r}; it must name one or more different signatures")
         return found
     return (_text(table, "implements", "header"),)
+
+
+def signatures_of(toml: str) -> tuple[str, ...]:
+    """The `implements` of a header.
+
+    Raises:
+        KernelSourceError: if it is no TOML, or has none.
+    """
+    return _implements(_table(toml))
+
+
+def _table(toml: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(toml)
+    except tomllib.TOMLDecodeError as error:
+        raise KernelSourceError(f"the header is not TOML: {error}") from None
 
 
 def _known(table: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:

@@ -19,7 +19,7 @@ from torch_llmkernels.errors import ExpressionError, KernelSourceError, NotAppli
 from torch_llmkernels.kernels import csource, launch
 from torch_llmkernels.kernels.csource import Function
 from torch_llmkernels.kernels.expression import Expression
-from torch_llmkernels.kernels.header import Header, Launch, parse_header
+from torch_llmkernels.kernels.header import Header, Launch, parse_header, signatures_of
 
 if TYPE_CHECKING:
     from torch_llmkernels.kernels.device import DeviceFacts
@@ -126,6 +126,15 @@ def parse_kernel(text: str, name: str = "candidate") -> Kernel:
         return _parse(text, name)
     except KernelSourceError as error:
         raise KernelSourceError(f"{name}: {error}") from None
+
+
+def implements(text: str) -> tuple[str, ...]:
+    """The signatures that the header of a kernel file names; reads nothing else of the file.
+
+    Raises:
+        KernelSourceError: if there is no header, or none that says it.
+    """
+    return signatures_of(_split(text)[0])
 
 
 @functools.lru_cache(maxsize=256)  # one compilation looks at the same files many times
