@@ -300,6 +300,12 @@ import torch
 def make():
     return torch.nn.LayerNorm(16), (torch.randn(2, 16),)
 
+def one_tensor():
+    return torch.nn.LayerNorm(16), torch.randn(2, 16)
+
+def by_name():
+    return torch.nn.LayerNorm(16), {"input": torch.randn(2, 16)}
+
 def broken():
     raise ValueError("no weights here")
 """
@@ -316,6 +322,18 @@ def test_command_prints_the_plan_for_several_shapes(script: Evaluations, factory
     assert main(["precompile", f"{factory}:make", "--dry-run", "--input", "3x16", "--input", "5x16"]) == 0
     out = capsys.readouterr().out
     assert "2 graphs" in out and "3x16 f32" in out and "layer_norm" in out
+
+
+@pytest.mark.parametrize("name", ["make", "one_tensor", "by_name"])
+def test_command_takes_the_inputs_that_the_factory_returns(script: Evaluations, factory: Path, name: str, capsys) -> None:
+    assert main(["precompile", f"{factory}:{name}", "--dry-run", "--device", "cpu"]) == 0
+    assert "2x16 f32" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_command_says_that_a_device_is_not_here(script: Evaluations, factory: Path, capsys) -> None:
+    assert main(["precompile", f"{factory}:make", "--device", "cuda"]) == 1
+    assert "llmkernels: --device cuda:" in capsys.readouterr().err
 
 
 def test_command_reports_a_factory_that_raises(script: Evaluations, factory: Path, capsys) -> None:
