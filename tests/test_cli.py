@@ -129,7 +129,7 @@ def test_export_and_import_carry_candidates(store: Store, tmp_path: Path, monkey
     bundle = str(tmp_path / "mine.llmk")
     assert main(["cache", "export", bundle]) == 0
     monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "other"))
-    assert main(["cache", "import", bundle]) == 0
+    assert main(["cache", "import", bundle, "--later"]) == 0
     assert "added 1 candidates" in capsys.readouterr().out
     other = Store(tmp_path / "other")
     assert [record.origin for record in other.imported("layer_norm")] == ["import:mine"] and list(other.decisions()) == []

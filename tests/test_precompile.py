@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from records import evaluation
 from torch import nn
 
 from torch_llmkernels import graph_decision, plan, resolve, settings
+from torch_llmkernels.cache import bundle
 from torch_llmkernels.capture import Call, capture, capture_graphs
 from torch_llmkernels.cli import main
 from torch_llmkernels.errors import LLMKernelsError
@@ -185,6 +187,42 @@ def test_winners_are_exported(script: Evaluations, tmp_path: Path) -> None:
     names = zipfile.ZipFile(report.exported).namelist()
     assert sum(name.startswith("records/") for name in names) == 2
     assert sum(name.startswith("graphs/") for name in names) == 1
+
+
+@pytest.fixture
+def exported(script: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle of a model's two winners; the store is then another, empty one, as on another machine."""
+    path = tmp_path / "model.llmk"
+    precompile(Norms().eval(), (torch.randn(4, 32),), export=path)
+    script.asked.clear()
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "elsewhere"))
+    return path
+
+
+@needs_compiler
+def test_an_import_verifies_once_and_the_model_then_starts_warm(script: Evaluations, exported: Path, monkeypatch, capsys) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(run, "build_all", lambda won, knobs: built.extend(won))
+    assert main(["cache", "import", str(exported)]) == 0
+    out = capsys.readouterr().out
+    assert len(script.asked) == 2 and sorted(built) == sorted(script.asked)
+    assert out.count("swapped: layer_norm runs at 2.00x") == 2
+    again = precompile(Norms().eval(), (torch.randn(4, 32),), dry_run=True)
+    assert [region.state for region in again.regions if region.kernels] == [] and len(script.asked) == 2
+    assert main(["cache", "import", str(exported)]) == 0 and len(script.asked) == 2
+
+
+@needs_compiler
+def test_a_bundle_for_another_device_waits_and_says_so(script: Evaluations, exported: Path, tmp_path: Path, capsys) -> None:
+    foreign = [
+        dataclasses.replace(Record.from_json(json.loads(content)), device_kind="cpu-another")
+        for name, content in bundle.read(exported).items()
+        if name.startswith("records/")
+    ]
+    bundle.export(tmp_path / "foreign.llmk", foreign)
+    assert main(["cache", "import", str(tmp_path / "foreign.llmk")]) == 0
+    assert "2 candidates wait: they are for cpu-another, this device is cpu-" in capsys.readouterr().out
+    assert script.asked == []
 
 
 def test_a_difference_counts_only_beyond_the_noise() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels import settings as knobs
@@ -15,6 +17,7 @@ from torch_llmkernels.errors import LLMKernelsError, SchemaError, StoreError
 if TYPE_CHECKING:
     from torch_llmkernels.cache.store import Store
     from torch_llmkernels.evaluation import Record
+    from torch_llmkernels.settings import Settings
 
 log = logging.getLogger("torch_llmkernels.cache")
 
@@ -42,8 +45,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--binaries", action="store_true", help="include compiled code (an import leaves it out)")
     parser.set_defaults(run=_export)
 
-    parser = actions.add_parser("import", help="add a bundle's kernels as candidates; each is verified here before use")
+    parser = actions.add_parser("import", help="add a bundle's kernels as candidates and verify them on this device, once")
     parser.add_argument("file", help="a bundle")
+    parser.add_argument("--later", action="store_true", help="verify nothing now: the first compilation that needs a kernel does")
     parser.set_defaults(run=_import)
 
     parser = actions.add_parser("rm", help="remove one entry")
@@ -218,15 +222,52 @@ def _export(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     from torch_llmkernels.cache import bundle
+    from torch_llmkernels.evaluation import Record
 
     store = _open()
     done = bundle.import_(args.file, store)
-    print(f"added {len(done.records)} candidates to {store.directory}; each is verified on this device before its first use")
+    print(f"added {len(done.records)} candidates to {store.directory}")
     if done.graphs:
         print(f"added {len(done.graphs)} whole-graph decisions; they count on devices of the same kind and driver")
     for line in done.skipped:
         print(f"left out {line}")
+    records = [Record.from_json(json.loads(store.get(key) or b"")) for key in done.records]
+    waiting = [(record, why_waiting(record)) for record in records]
+    for why, count in Counter(why for _, why in waiting if why).items():
+        print(f"{count} candidates wait: {why}")
+    here = [record for record, why in waiting if not why]
+    if args.later:
+        print(f"{len(here)} candidates are for this device; each is verified before its first use")
+        return 0
+    verify_imported(here, knobs.current())
     return 0
+
+
+def why_waiting(record: Record) -> str:
+    """Why an imported kernel cannot be verified on this machine; empty if it can."""
+    from torch_llmkernels.kernels.targets import target_for
+
+    target = target_for(record.task.device)
+    if reason := target.unavailable():
+        return f"they are for {record.device_kind}, and no {record.task.device} kernel can run here: {reason}"
+    kind = target.facts().kind
+    return "" if record.device_kind == kind else f"they are for {record.device_kind}, this device is {kind}"
+
+
+def verify_imported(records: Sequence[Record], settings: Settings) -> None:
+    """Decide the tasks of imported kernels as their first compilation would, however long it takes, and build the winners.
+
+    One line per task says what was decided. An interruption loses nothing: what is left is verified before its first use.
+    """
+    from torch_llmkernels.precompilation.run import build_all
+    from torch_llmkernels.resolve import Resolver
+
+    resolver = Resolver(settings.updated({"verify_budget_s": math.inf, "on_miss": "fallback"}))
+    for task in {record.task.key: record.task for record in records}.values():
+        decision = resolver.decide(task)
+        print(f"{task.signature} {task.key[:8]}: {decision.reason}", flush=True)
+        if decision.record is not None:
+            build_all({task.key: decision.record}, settings)
 
 
 def _rm(args: argparse.Namespace) -> int:
