@@ -36,6 +36,8 @@ from torch_llmkernels.settings import Settings
 START_TIMEOUT_S = 180.0
 ORPHAN_GRACE_S = 30.0
 """Seconds after a job's limit at which a child whose parent is gone ends itself."""
+IDLE_S = 60.0
+"""Seconds without a job after which a child ends: it holds memory, of the device too. The next job starts another."""
 LARGEST_FILE = 4 << 30
 LOG_TAIL = 600
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -68,6 +70,7 @@ class Worker:
         self._settings = settings
         self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._timer: threading.Timer | None = None
 
     def evaluate(self, job: Job) -> Evaluation:
         """The outcome of a job. A crash is CRASHED and a hang TIMEOUT; no exception comes from the kernel.
@@ -86,6 +89,7 @@ class Worker:
                 outcome = Evaluation(Status.CRASHED, detail=str(error), tier=job.tier)
             if outcome.status is Status.CRASHED:
                 self._stop()  # a broken CUDA context does not heal
+            self._rest_later()
             return dataclasses.replace(outcome, seconds=time.monotonic() - start)
 
     def compile(self, job: Job) -> None:
@@ -95,6 +99,18 @@ class Worker:
                 self._started().ask(job, compile_only=True)
             except (WorkerError, SchemaError):
                 self._stop()
+            self._rest_later()
+
+    def _rest_later(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(IDLE_S, self._rest)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _rest(self) -> None:
+        with self._lock:  # after a job that has come meanwhile
+            self._stop()
 
     def _ask_twice(self, job: Job) -> Evaluation:
         try:
@@ -282,6 +298,8 @@ def _serve(read_fd: int, write_fd: int) -> None:
             faulthandler.dump_traceback_later(request["limit"] + ORPHAN_GRACE_S, exit=True)
             outcome = _outcome(request["job"], request["compile_only"], lambda stage: send({"stage": stage}))
             faulthandler.cancel_dump_traceback_later()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # whoever asked may need the memory now
             send({"id": request["id"], "answer": outcome.to_json()})
 
 
