@@ -266,6 +266,14 @@ def test_nothing_is_swapped_if_the_whole_model_gains_nothing(two_winners, monkey
     assert dict(decision.vetoed).keys() == set(records) and not decision.swapped
 
 
+def test_swaps_that_all_lose_are_vetoed_with_what_they_cost(two_winners, monkeypatch) -> None:
+    model, graphs, keys, records = two_winners
+    scripted(monkeypatch, lambda vetoed: 3.0 - len(vetoed & set(keys.values())))
+    (decision,) = measure(model, [Call()], graphs, records)
+    assert dict(decision.vetoed).keys() == set(records) and not decision.swapped
+    assert (decision.inductor_ms, decision.swapped_ms, decision.speedup) == (1.0, 3.0, 1.0)
+
+
 def test_the_backend_heeds_a_veto_for_the_kernel_that_was_measured(two_winners) -> None:
     _, graphs, keys, records = two_winners
     request = read_request(None, None)

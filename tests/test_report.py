@@ -84,6 +84,9 @@ def test_a_report_prints_one_line_per_distinct_region() -> None:
     assert any(line.startswith(" 1/0") and "nothing" in line for line in lines)
     assert "2 graphs, 3 regions, 2 swapped" in lines[-2]
     assert lines[-1] == "graph 0/0, measured whole: Inductor 3.000 ms, with 1 kernels 2.000 ms: 1.50x (noise 1.0%)"
+    vetoed = GraphDecision("g", (), (("0123456789", "d"),), 3.0, 4.0, 0.01)
+    last = str(Report([GraphReport("0/0", (norm,), measured=vetoed)])).splitlines()[-1]
+    assert last == "graph 0/0, measured whole: Inductor 3.000 ms, with 1 kernels 4.000 ms: none of them stays (noise 1.0%)"
 
 
 def test_what_was_measured_about_the_whole_graph_is_in_its_report(decided: None) -> None:

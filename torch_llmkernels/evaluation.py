@@ -309,7 +309,7 @@ class GraphDecision:
         swapped: Tasks whose kernels stay in, by key, each with the digest of the kernel that was measured.
         vetoed: The same for those that stay out.
         inductor_ms: Milliseconds of the model compiled by Inductor.
-        swapped_ms: The same with the swaps that stay in.
+        swapped_ms: The same with the swaps that stay in; if none does, with those that were compared with Inductor.
         noise: The relative error of their ratio (two standard errors).
         device_kind: Slug of the kind of the device that was measured; filled in when it is stored, like the next two.
         unit: Which device of that kind.

@@ -278,6 +278,8 @@ def _summary(report: Report) -> list[str]:
     lines = [f"{len(report)} graphs, {len(report.regions)} regions, {len(report.swapped)} swapped; ratio: the region alone"]
     for graph in report:
         if found := graph.measured:
-            times = f"Inductor {found.inductor_ms:.3f} ms, with {len(found.swapped)} kernels {found.swapped_ms:.3f} ms"
-            lines.append(f"graph {graph.name}, measured whole: {times}: {found.speedup:.2f}x (noise {found.noise:.1%})")
+            count = len(found.swapped or found.vetoed)
+            times = f"Inductor {found.inductor_ms:.3f} ms, with {count} kernels {found.swapped_ms:.3f} ms"
+            outcome = f"{found.speedup:.2f}x" if found.swapped else "none of them stays"
+            lines.append(f"graph {graph.name}, measured whole: {times}: {outcome} (noise {found.noise:.1%})")
     return lines

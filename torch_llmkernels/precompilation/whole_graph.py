@@ -222,8 +222,10 @@ def measure(
             log.info("whole graph: without %s %.3f ms, with %.3f ms", group, without.second_ms, without.first_ms)
             if without.second_is_faster:
                 best |= {group}
-        final = variants.compare(inductor, best, max_s=max(deadline - time.monotonic(), 1.0)) if best != inductor else None
-    if final is None or not final.second_is_faster:
+        if best == inductor:  # every group was left out; what all of them together cost is still to be said
+            best = frozenset()
+        final = variants.compare(inductor, best, max_s=max(deadline - time.monotonic(), 1.0))
+    if not final.second_is_faster:
         best = inductor
     return [_decision(graph, winners, best, final) for graph in graphs if any(t.key in winners for t in graph.tasks)]
 
@@ -243,10 +245,10 @@ def _groups(graphs: Sequence[CapturedGraph], winners: Mapping[str, Record]) -> l
     return sorted(counts, key=gain_ms)
 
 
-def _decision(graph: CapturedGraph, winners: Mapping[str, Record], vetoed: frozenset[str], final: Paired | None) -> GraphDecision:
+def _decision(graph: CapturedGraph, winners: Mapping[str, Record], vetoed: frozenset[str], final: Paired) -> GraphDecision:
     keys = sorted({task.key for task in graph.tasks} & set(winners))
     pairs = [(key, record_digest(winners[key])) for key in keys]
     return GraphDecision(
         graph.key, tuple(p for p in pairs if p[0] not in vetoed), tuple(p for p in pairs if p[0] in vetoed),
-        final.first_ms if final else 0.0, final.second_ms if final else 0.0, final.noise if final else 0.0,
+        final.first_ms, final.second_ms, final.noise,
     )  # fmt: skip
