@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tasks import layer_norm_task, relu_add_task, softmax_task
 
+from torch_llmkernels import resolve
 from torch_llmkernels.errors import SchemaError, WorkerDied
 from torch_llmkernels.evaluate import sanitize, worker
 from torch_llmkernels.evaluate.candidate import spread
@@ -82,6 +83,32 @@ def test_closing_ends_the_child_and_a_later_job_starts_another() -> None:
         os.kill(child._process.pid, 0)
     assert made.evaluate(job).status is Status.INVALID
     made.close()
+
+
+def test_a_forked_process_leaves_its_parents_worker_alone() -> None:
+    """It would read the parent's answers, and end the parent's worker when it exits."""
+    job, settings = Job(layer_norm_task(), "not a kernel"), Settings(worker_timeout_s=99.0)
+    made = resolve.worker(settings)
+    assert made.evaluate(job).status is Status.INVALID
+    child = made._child
+    forked = os.fork()
+    if not forked:
+        resolve._close_workers()  # what a normal exit does
+        os._exit(int(made._child is not None or resolve.worker(settings) is made))
+    assert os.waitpid(forked, 0)[1] == 0
+    assert made.evaluate(job).status is Status.INVALID and made._child is child
+    made.close()
+
+
+def test_an_idle_child_ends_and_the_next_job_starts_another() -> None:
+    job = Job(layer_norm_task(), "not a kernel")
+    with Worker(Settings()) as made:
+        made.evaluate(job)
+        first, timer = made._child, made._timer
+        assert first is not None and timer is not None and timer.interval == worker.IDLE_S and timer.daemon
+        timer.function()
+        assert made._child is None and first._process.poll() is not None
+        assert made.evaluate(job).status is Status.INVALID and made._child is not None and made._timer is not timer
 
 
 def test_a_worker_that_somebody_terminated_is_no_crash_of_the_kernel() -> None:

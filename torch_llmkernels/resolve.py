@@ -281,7 +281,7 @@ def worker(settings: Settings, purpose: str = "evaluate") -> Any:
 
 @atexit.register
 def _close_workers() -> None:
-    for each in _workers.values():
+    for each in list(_workers.values()):  # a thread that compiles ahead may start one
         each.close()
 
 
