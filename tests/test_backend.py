@@ -221,7 +221,9 @@ def test_options_are_split_between_us_and_inductor() -> None:
 def test_an_unknown_option_lists_the_valid_ones(option: str) -> None:
     with pytest.raises(SettingsError, match="did you mean") as error:
         read_request(None, {option: True})
-    assert "verify_budget_s" in str(error.value) and "max_autotune" in str(error.value)
+    ours, _, inductors = str(error.value).partition("Or one of Inductor's")
+    assert set(KNOBS) <= set(ours.replace(",", " ").replace(".", " ").split())
+    assert "max_autotune" in inductors and " _" not in inductors and "TYPE_CHECKING" not in inductors
 
 
 @pytest.mark.parametrize("options", [{"swap": "sometimes"}, {"max_autotune": "yes"}])
@@ -359,6 +361,16 @@ def test_fuel_limits_the_swaps_of_a_process(kernels: Kernels) -> None:
         torch.testing.assert_close(compiled(model, options={"fuel": 1})(x), model(x))
     assert kernels.calls == {"layer_norm": 1}
     assert reasons()[1] == "kept Inductor: the fuel of 1 regions is spent"
+
+
+def test_fuel_counts_equal_regions_one_by_one(kernels: Kernels) -> None:
+    """A model of equal layers can be bisected: the report says which of them run the kernel."""
+    model, x = nn.Sequential(*(nn.LayerNorm(16) for _ in range(3))), torch.randn(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, options={"fuel": 2})(x), model(x))
+    assert kernels.calls == {"layer_norm": 2}
+    assert [region.swapped for region in torch_llmkernels.report().regions] == [True, True, False]
+    assert reasons()[2] == "kept Inductor: the fuel of 2 regions is spent"
 
 
 def test_max_regions_limits_the_regions_of_a_graph(kernels: Kernels) -> None:

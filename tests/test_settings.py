@@ -41,6 +41,8 @@ def test_false_has_several_spellings(text: str) -> None:
         ("FUEL", "three", "not a int"),
         ("FUEL", "1.5", "not a int"),
         ("MIN_SPEEDUP", "fast", "not a float"),
+        ("VERIFY_BUDGET_S", "nan", "not a number"),
+        ("MAX_REGIONS", "-1", "below 0"),
         ("ON_MISS", "panic", "'fallback', 'search', 'background', 'error'"),
     ],
 )

@@ -66,10 +66,16 @@ def read_request(mode: str | None, options: Mapping[str, Any] | None) -> Request
     for name, value in (options or {}).items():
         plain = name.replace("-", "_")
         if plain not in KNOBS and plain not in known:
-            raise SettingsError(unknown_name(name, {**KNOBS, **known}, "option "))
+            raise SettingsError(_unknown_option(name, known))
         (ours if plain in KNOBS else theirs)[plain] = value
     try:
         inductor = torch._TorchCompileInductorWrapper(mode, theirs, None)
     except RuntimeError as error:
         raise SettingsError(str(error)) from None
     return Request(current().updated(ours), inductor)
+
+
+def _unknown_option(name: str, known: Mapping[str, Any]) -> str:
+    """Our few knobs come before Inductor's hundreds; what Inductor does not mean for users (`_name`) is left out."""
+    public = [other for other in known if not other.startswith("_") and not other.isupper()]
+    return f"{unknown_name(name, KNOBS, 'option ', also=public)}. Or one of Inductor's: {', '.join(sorted(public))}"

@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -98,9 +98,9 @@ _TYPES = get_type_hints(Settings)
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
-def unknown_name(name: str, known: Mapping[str, Any], origin: str) -> str:
-    """One sentence for an unknown knob: what, the closest known name, and the whole list."""
-    close = difflib.get_close_matches(name, list(known), n=1)
+def unknown_name(name: str, known: Iterable[str], origin: str, also: Iterable[str] = ()) -> str:
+    """One sentence for an unknown knob: what, the closest known name (of `also` too), and the whole list of `known`."""
+    close = difflib.get_close_matches(name, [*known, *also], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"unknown {origin}{name}{hint} Known: {', '.join(sorted(known))}"
 
@@ -122,9 +122,12 @@ def _parse(name: str, value: Any, origin: str) -> Any:
     if isinstance(value, bool):
         raise SettingsError(f"{origin}{name}: {value!r} is not a {want.__name__}")
     try:
-        return want(value)
+        number = want(value)
     except (TypeError, ValueError):
         raise SettingsError(f"{origin}{name}: {value!r} is not a {want.__name__}") from None
+    if want is not str and name != "fuel" and not number >= 0:  # neither is not-a-number, which no comparison would end
+        raise SettingsError(f"{origin}{name}: {value!r} is below 0 or not a number")
+    return number
 
 
 _current: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("llmkernels_settings", default=None)
