@@ -186,18 +186,26 @@ class SwapPass(CustomGraphPass):
         theirs = request.inductor_option("joint_custom_pre_pass")
         self.theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs] if theirs else []
         self.cacheable = all(isinstance(p, CustomGraphPass) and p.uuid() for p in self.theirs) and self.settings.fuel < 0
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, list[str]] = {}  # by task, one reason for each of its regions that was not swapped
 
     @property
     def wanted(self) -> list[Record]:
         """The kernels to swap in."""
         return [decision.record for decision in self.decisions.values() if decision.record]
 
-    def outcome(self, task: Task) -> Decision:
-        """What became of the decision for a task."""
-        decision = self.decisions[task.key]
-        reason = self.refused.get(task.key)
-        return dataclasses.replace(decision, record=None, reason=f"kept Inductor: {reason}") if reason else decision
+    def outcomes(self, tasks: Sequence[Task]) -> list[Decision]:
+        """What became of the decisions for the tasks of the graph's regions, in graph order.
+
+        Of regions with equal tasks the last ones are those that were refused: fuel ends once.
+        """
+        found = []
+        for position, task in enumerate(tasks):
+            decision, reasons = self.decisions[task.key], self.refused.get(task.key, [])
+            after = sum(later.key == task.key for later in tasks[position + 1 :])
+            if after < len(reasons):
+                decision = dataclasses.replace(decision, record=None, reason=f"kept Inductor: {reasons[-1 - after]}")
+            found.append(decision)
+        return found
 
     def uuid(self) -> Any:
         """Everything that the swapped graph depends on and torch's own key lacks.
@@ -231,12 +239,12 @@ class SwapPass(CustomGraphPass):
             if decision is None or decision.record is None:
                 continue
             if not plan.take_fuel(self.settings.fuel):
-                self.refused[key] = f"the fuel of {self.settings.fuel} regions is spent"
+                self.refused.setdefault(key, []).append(f"the fuel of {self.settings.fuel} regions is spent")
                 continue
             try:
                 swap(graph, region, decision.record, replaced)
             except TaskError as error:
-                self.refused[key] = str(error)
+                self.refused.setdefault(key, []).append(str(error))
         return bool(replaced)
 
 
@@ -367,7 +375,7 @@ def _on_trial(compiled: Any, plain: Any, found: Plan, swaps: SwapPass, request: 
 
     def decided(paired: graph_decision.Paired) -> None:
         outcome = graph_decision.decide_from(paired, found.tasks, swaps.wanted, request)
-        decisions = graph_decision.apply(found.tasks, [swaps.outcome(task) for task in found.tasks], request)
+        decisions = graph_decision.apply(found.tasks, swaps.outcomes(found.tasks), request)
         regions = [RegionReport.of(task, decision) for task, decision in zip(found.tasks, decisions, strict=True)]
         log.info("graph %s: %s: %.2fx Inductor", report.name, "swaps stay" if outcome.swapped else "Inductor", paired.ratio)
         registry.replace(report, dataclasses.replace(report, regions=(*regions, *found.skipped), measured=outcome))
@@ -378,7 +386,7 @@ def _on_trial(compiled: Any, plain: Any, found: Plan, swaps: SwapPass, request: 
 
 def _report(found: Plan, swaps: SwapPass, request: Request) -> GraphReport:
     """Log one line per region, keep the report of the graph, and write it into torch's structured trace."""
-    regions = [RegionReport.of(task, swaps.outcome(task)) for task in found.tasks]
+    regions = [RegionReport.of(task, decision) for task, decision in zip(found.tasks, swaps.outcomes(found.tasks), strict=True)]
     measured = graph_decision.measured(found.tasks, request)
     report = GraphReport(_graph_name(), (*regions, *found.skipped), measured=measured)
     for region in report.regions:
