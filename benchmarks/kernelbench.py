@@ -104,7 +104,7 @@ def measure(path: Path, folder: Path, device: str, scale: float, quick: bool) ->
     torch._dynamo.reset()
     try:
         model, inputs = made(path, device, scale)
-        expected = common.leaves(model(*inputs))
+        expected = common.leaves(model(*fresh(inputs)))
     except Exception as problem:  # a user's file may fail in any way
         return row | {"verdict": f"the problem fails in eager: {common.one_line(problem)}"}
     reference, in_float64 = wide(model, inputs, expected)
@@ -115,7 +115,7 @@ def measure(path: Path, folder: Path, device: str, scale: float, quick: bool) ->
         try:
             function = torch.compile(model, **options) if options else model
             mark, begin = len(registry.report()), time.perf_counter()
-            entry["error"] = common.error(common.leaves(function(*inputs)), reference)
+            entry["error"] = common.error(common.leaves(function(*fresh(inputs))), reference)
             entry |= {
                 "compile_s": time.perf_counter() - begin,
                 "swapped": common.swapped_since(mark),
@@ -129,10 +129,15 @@ def measure(path: Path, folder: Path, device: str, scale: float, quick: bool) ->
     return row | judged(row, dtype, in_float64)
 
 
+def fresh(inputs: list[Any]) -> list[Any]:
+    """Copies of the inputs: a problem may work in place, and everyone must start from the same data."""
+    return [v.clone() if isinstance(v, torch.Tensor) else v for v in inputs]
+
+
 def wide(model: nn.Module, inputs: list[Any], expected: list[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
     """The outputs in float64; where the model cannot run in it, eager's own, and False."""
     try:
-        module, wide_inputs = common.double(model, inputs)
+        module, wide_inputs = common.double(model, fresh(inputs))
         return common.leaves(module(*wide_inputs)), True
     except (RuntimeError, NotImplementedError):
         return expected, False

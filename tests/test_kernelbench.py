@@ -71,6 +71,28 @@ def test_a_problem_that_fails_is_a_row(tmp_path: Path) -> None:
     assert kernelbench.summary([row])["correct"] == 0
 
 
+IN_PLACE = """
+import torch
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return x.mul_(2.0)
+
+def get_inputs():
+    return [torch.rand(4, 8)]
+
+def get_init_inputs():
+    return []
+"""
+
+
+@pytest.mark.usefixtures("eager_only")
+def test_a_problem_may_work_in_place(tmp_path: Path) -> None:
+    (tmp_path / "1_in_place.py").write_text(IN_PLACE)
+    row = kernelbench.measure(tmp_path / "1_in_place.py", tmp_path, "cpu", 1.0, quick=True)
+    assert row["verdict"] == "correct"
+
+
 def test_a_wrong_result_is_a_wrong_verdict_and_not_fast() -> None:
     row = {"contenders": {"eager": {"error": 1e-7, "ms": 2.0}, "inductor": {"error": 1e-7, "ms": 3.0},
                           "ours": {"error": 1e-3, "ms": 1.0, "swapped": ["softmax: sloppy"]}}}  # fmt: skip
