@@ -138,6 +138,17 @@ class Results:
         """Write the file."""
         write_atomically(self.path, json.dumps({**self.header, "summary": self.summary, "rows": self.rows}, indent=1) + "\n")
 
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the file with its summary, a plot of the rows with a swap beside it, and say where they are."""
+        from readme_tables import plot  # the README's plots are drawn from the same file
+
+        self.summary = dict(summary)
+        self.write()
+        console.print(f"written to {self.path}")
+        if text := plot(json.loads(self.path.read_text()), self.header["benchmark"].partition("-")[0]):
+            write_atomically(self.path.with_suffix(".svg"), text)
+            console.print(f"plotted in {self.path.with_suffix('.svg')}")
+
     @property
     def left_s(self) -> float:
         """Seconds left of `--budget-s`; not above 0 when it is spent."""

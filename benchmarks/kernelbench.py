@@ -193,8 +193,7 @@ def show(results: common.Results) -> None:
     ]
     columns = ["problem", *(f"{name} ms" for name in CONTENDERS), "vs eager", "vs Inductor", "swaps", "verdict"]
     common.print_table(f"KernelBench problems on {results.header['device']}", columns, rows)
-    results.summary = found = summary(results.rows)
-    results.write()
+    found = summary(results.rows)
     common.print_table(
         f"{found['correct']} of {found['problems']} correct, {found['swapped']} with a swap",
         ["against", "geomean", "geomean of the swapped", *(f"fast_{p:g}" for p in FAST)],
@@ -207,7 +206,7 @@ def show(results: common.Results) -> None:
         if row.get("swaps") == 0:
             reasons = row["contenders"]["ours"]["kept"] or ["no region was found"]
             common.console.print(f"miss {row['problem']}: {'; '.join(reasons[:3])}", markup=False)
-    common.console.print(f"written to {results.path}")
+    results.finish(found)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -256,16 +256,15 @@ def show(results: common.Results) -> None:
         "accuracy",
     ]
     common.print_table(f"Models on {results.header['device']}, commit {results.header['commit']}", columns, rows)
-    results.summary = summary(results.rows)
-    results.write()
+    found = summary(results.rows)
     for line in listed:
         common.console.print(line, markup=False)
-    for mode, mean in results.summary.items():
+    for mode, mean in found.items():
         gain, worst = common.cell(mean["geomean"]), f"{common.cell(mean['worst'])} ({mean['worst_model']})"
         swapped = f"geometric mean of the gain over Inductor {gain} over {mean['models']} rows with swaps"
         line = f"{mode}: {swapped}; worst {worst}; {mean['unswapped']} rows without a swap are left out"
         common.console.print(line, markup=False)
-    common.console.print(f"written to {results.path}")
+    results.finish(found)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -305,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(wanted) - {case.name for case in cases}:
         raise SystemExit(f"unknown models {', '.join(sorted(unknown))}; known: {', '.join(case.name for case in cases)}")
     modes = [m for m in MODES if m == "eager" or (m.partition(" ")[2] or "default") in args.modes.split(",")]
-    results = common.Results("models_small" if args.small else "models", args, key=ROW)
+    results = common.Results("models-small" if args.small else "models", args, key=ROW)
     phases = args.phases.split(",")
     batches = [int(batch) for batch in args.batches.split(",") if batch]
     with common.knobs(args):

@@ -154,16 +154,15 @@ def show(results: common.Results) -> None:
     ]
     common.print_table(f"Operators on {results.header['device']}, commit {results.header['commit']}", columns, rows)
     won = [row["speedup"] for row in measured if row["speedup"] and of(row, "ours", "swapped")]
-    results.summary = {"geomean_speedup": common.geomean(won), "swapped": len(won), "problems": len(results.rows)}
-    results.write()
+    summary = {"geomean_speedup": common.geomean(won), "swapped": len(won), "problems": len(results.rows)}
     for row in results.rows:
         notes = [row["skipped"]] if "skipped" in row else of(row, "ours", "kept") or []
         notes += [f"{name}: {entry['failed']}" for name, entry in row.get("contenders", {}).items() if "failed" in entry]
         if notes:
             common.console.print(f"{row['problem']} ({row['tier']}): {'; '.join(notes)}", markup=False)
-    mean = common.cell(results.summary["geomean_speedup"])
+    mean = common.cell(summary["geomean_speedup"])
     common.console.print(f"{len(won)} of {len(results.rows)} have a swap; their geometric mean over the best baseline: {mean}")
-    common.console.print(f"written to {results.path}")
+    results.finish(summary)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

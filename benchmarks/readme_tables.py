@@ -215,16 +215,17 @@ def rendered(readme: str, results: Path) -> str:
     return readme
 
 
+def plot(result: Result, name: str) -> str:
+    """The plot of a result file as SVG; empty if nothing was swapped."""
+    rows = speedups(result, name)
+    versus = "the best of eager, Inductor and max-autotune" if name == "operators" else "Inductor"
+    return bars(f"{name} on {result['device']}: time of {versus} over ours", rows) if rows else ""
+
+
 def plots(results: Path) -> dict[Path, str]:
     """The plot of every result file that has a swap."""
-    found = {}
-    for name in TABLES:
-        for result in load(results, name):
-            if rows := speedups(result, name):
-                versus = "the best of eager, Inductor and max-autotune" if name == "operators" else "Inductor"
-                title = f"{name} on {result['device']}: time of {versus} over ours"
-                found[results / result["device_kind"] / f"{result['file']}.svg"] = bars(title, rows)
-    return found
+    found = [(result, plot(result, name)) for name in TABLES for result in load(results, name)]
+    return {results / result["device_kind"] / f"{result['file']}.svg": text for result, text in found if text}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,6 +41,17 @@ def test_a_result_file_is_complete_after_every_row(tmp_path: Path) -> None:
     assert written["versions"]["torch"] and written["commit"] and written["device_kind"].startswith("cpu")
 
 
+def test_a_benchmark_plots_its_rows_with_a_swap(tmp_path: Path) -> None:
+    results = common.Results("models-small", arguments(tmp_path), key=models.ROW)
+    results.add(model_row("plain", 1.0, 0))
+    results.finish({"ours": {"worst": 1.0}})
+    assert json.loads((tmp_path / "r.json").read_text())["summary"]["ours"] and not (tmp_path / "r.svg").exists()
+    results.add(model_row("won", 2.0, 1))
+    results.finish({})
+    plotted = (tmp_path / "r.svg").read_text()
+    assert "won b1 fp32 infer" in plotted and "2.00x" in plotted and "plain" not in plotted
+
+
 def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
     common.Results("operators", arguments(tmp_path), key=("problem",)).add({"problem": "a"})
     again = common.Results("operators", arguments(tmp_path, resume=True), key=("problem",))
