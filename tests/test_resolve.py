@@ -176,7 +176,9 @@ def test_a_kernel_that_cannot_serve_the_task_is_named_with_its_reason(setup) -> 
     assert "fast: " in reason and "float64" in reason
 
 
-def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(
+    setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     make, _ = setup
     compiled: queue.SimpleQueue[tuple[str, str, bool]] = queue.SimpleQueue()
 
@@ -186,7 +188,7 @@ def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(setup, monkeyp
 
     monkeypatch.setattr(resolve, "worker", lambda settings, purpose: Compiler())
     other = layer_norm_task(16, 64)
-    make()._compile_ahead([TASK, other], threading.Event())
+    make()._compile_ahead([TASK, other], str(tmp_path), threading.Event())
     found = {compiled.get(timeout=60) for _ in range(4)}
     assert {job[:2] for job in found} == {(task.key, name) for task in (TASK, other) for name in ("slow", "fast")}
     assert sorted(key for key, _, baseline in found if baseline) == sorted([TASK.key, other.key])

@@ -107,14 +107,15 @@ class Resolver:
         """
         ended = threading.Event()
         if len(tasks) > 1 and all(task.device == "cuda" for task in tasks) and self.settings.swap != "none":
-            threading.Thread(target=self._compile_ahead, args=(tasks, ended), name="llmkernels-ahead", daemon=True).start()
+            folder = self.binaries  # made before there are two threads
+            threading.Thread(target=self._compile_ahead, args=(tasks, folder, ended), name="llmkernels-ahead", daemon=True).start()
         try:
             yield
         finally:
             ended.set()
 
-    def _compile_ahead(self, tasks: Sequence[Task], ended: threading.Event) -> None:
-        """The thread of `compiling_ahead`. What fails here is reported by the evaluation that finds nothing compiled."""
+    def _compile_ahead(self, tasks: Sequence[Task], folder: str, ended: threading.Event) -> None:
+        """The thread of `compiling_ahead`."""
         try:
             with using(self.settings):
                 target = target_for(tasks[0].device)
@@ -125,13 +126,13 @@ class Resolver:
                 for task in tasks:
                     known = self.store.decision(RecordKey.of(task, facts), explained=False) or Decision(None, "")
                     for position, (kernel, record) in enumerate(other.unverified(task, facts, known)):
-                        job = job_of(task, kernel, record, self.settings, self.binaries)
+                        job = job_of(task, kernel, record, self.settings, folder)
                         jobs.put(dataclasses.replace(job, timed=job.timed and position == 0))  # the baseline once per task
                 for number in range(min(COMPILERS, jobs.qsize())):
                     compiler = worker(self.settings, f"compile {number}")
                     threading.Thread(target=_compile_all, args=(compiler, jobs, ended), daemon=True).start()
-        except LLMKernelsError as error:
-            log.debug("compiling ahead ended: %s", error)
+        except Exception as error:  # whatever fails here, the evaluation that finds nothing compiled tries again and reports
+            log.debug("compiling ahead ended: %s: %s", type(error).__name__, error)
 
     def unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
         """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first."""
