@@ -108,7 +108,8 @@ class Resolver:
         ended = threading.Event()
         if len(tasks) > 1 and all(task.device == "cuda" for task in tasks) and self.settings.swap != "none":
             folder = self.binaries  # made before there are two threads
-            threading.Thread(target=self._compile_ahead, args=(tasks, folder, ended), name="llmkernels-ahead", daemon=True).start()
+            args = tasks, folder, ended
+            threading.Thread(target=self._compile_ahead, args=args, name="llmkernels-ahead", daemon=True).start()
         try:
             yield
         finally:
