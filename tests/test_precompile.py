@@ -149,6 +149,20 @@ def test_a_dry_run_verifies_nothing_and_estimates(script: Evaluations) -> None:
 
 
 @needs_compiler
+def test_a_dry_run_shows_what_was_decided_before(script: Evaluations) -> None:
+    """A kernel that was measured to lose here is shown as such, and is no winner."""
+    model, x = Norms().eval(), torch.randn(4, 32)
+    script.outcome = evaluation(time_ms=1.0)
+    script.outcome = dataclasses.replace(script.outcome, baselines_ms=(("eager", 0.5), ("inductor", 0.9)))
+    precompile(model, (x,))
+    again = precompile(model, (x,), dry_run=True)
+    assert "to decide: 0 regions" in str(again) and not again.winners
+    assert [r.decision.reason for r in again.regions if r.decision] == [
+        "kept Inductor: layer_norm runs at 0.50x the best baseline, 1.03x is needed"
+    ] * 2
+
+
+@needs_compiler
 def test_decisions_are_remembered_and_not_made_again(script: Evaluations) -> None:
     model, x = Norms().eval(), torch.randn(4, 32)
     first = precompile(model, (x,))

@@ -38,7 +38,7 @@ def text(report: PrecompileReport) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    title = "Plan: nothing is verified yet" if report.dry_run else "Regions: what was decided"
+    title = "Plan: what precompiling would do" if report.dry_run else "Regions: what was decided"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for column in COLUMNS:
         table.add_column(

@@ -21,7 +21,7 @@ from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.source import Kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.precompilation.whole_graph import median_ms
-from torch_llmkernels.resolve import Resolver
+from torch_llmkernels.resolve import Resolver, choose
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
 
@@ -91,13 +91,14 @@ def _planned(task: Task, count: int, model_ms: float, resolver: Resolver) -> Pla
     target = target_for(task.device)
     if reason := target.unavailable():
         return PlannedRegion(task, count, "unavailable", decision=Decision(None, f"kept Inductor: {reason}"))
-    facts = target.facts()
+    facts, settings = target.facts(), resolver.settings
     known = resolver.store.decision(RecordKey.of(task, facts))
     kernels = unverified(resolver, task, facts, known)
-    searching = bool(resolver.settings.provider) and not (known and known.record)
+    chosen = choose(known, task, settings) if known else None
+    searching = bool(settings.provider) and not (chosen and chosen.record)
     state = "unverified" if kernels else "search" if searching else "decided" if known else "miss"
     region_ms = best_baseline_ms(known) or _eager_region_ms(task)
-    seconds, tokens = _estimate(task, facts, kernels, resolver.settings if state == "search" or searching else None)
+    seconds, tokens = _estimate(task, facts, kernels, settings if searching else None)
     return PlannedRegion(
         task,
         count,
@@ -108,7 +109,7 @@ def _planned(task: Task, count: int, model_ms: float, resolver: Resolver) -> Pla
         min(1.0, count * region_ms / model_ms) if model_ms else 0.0,
         seconds,
         tokens,
-        known,
+        chosen,
     )
 
 
