@@ -135,6 +135,13 @@ def test_export_and_import_carry_candidates(store: Store, tmp_path: Path, monkey
     assert [record.origin for record in other.imported("layer_norm")] == ["import:mine"] and list(other.decisions()) == []
 
 
+def test_export_to_a_place_that_cannot_be_written_is_one_line_and_1(store: Store, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["cache", "export", str(tmp_path / "file" / "x.llmk")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"llmkernels: bundle {tmp_path}/file/x.llmk cannot be written") and err.count("\n") == 1
+
+
 def test_import_of_something_else_is_one_line_and_1(store: Store, tmp_path: Path, capsys) -> None:
     (tmp_path / "x.llmk").write_text("hello")
     assert main(["cache", "import", str(tmp_path / "x.llmk")]) == 1

@@ -66,6 +66,9 @@ def export(
         decisions: Decisions with their keys, as evidence of what was tried where.
         binaries: Compiled code by binary key.
         graphs: What was measured about whole graphs, with the device.
+
+    Raises:
+        StoreError: if the file cannot be written.
     """
     entries: dict[str, bytes] = {}
     for record in records:
@@ -77,7 +80,10 @@ def export(
         entries[_name("graphs", graph.to_json())] = canonical_json(graph.to_json()).encode()
     for key, code in (binaries or {}).items():
         entries[f"binaries/{digest(key)}.bin"] = code
-    write_atomically(Path(path), _archive(entries))
+    try:
+        write_atomically(Path(path), _archive(entries))
+    except OSError as error:
+        raise StoreError(f"bundle {path} cannot be written: {error.strerror or error}; name another file") from error
     return len(entries)
 
 
