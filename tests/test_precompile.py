@@ -203,6 +203,20 @@ def test_winners_are_exported(script: Evaluations, tmp_path: Path) -> None:
     assert sum(name.startswith("graphs/") for name in names) == 1
 
 
+def test_a_bundle_that_cannot_be_written_is_refused_before_anything_is_verified(script: Evaluations, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "model.llmk"):
+        with pytest.raises(LLMKernelsError, match="bundle cannot be written"):
+            precompile(Norms().eval(), (torch.randn(4, 32),), export=place)
+    assert script.asked == []
+
+
+def test_inputs_that_the_model_does_not_take_are_its_own_error(script: Evaluations) -> None:
+    with pytest.raises(RuntimeError, match="expected input with shape") as raised:
+        precompile(nn.LayerNorm(8), (torch.randn(2, 7),))
+    assert "Dynamo" not in str(raised.value)
+
+
 @pytest.fixture
 def exported(script: Evaluations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle of a model's two winners; the store is then another, empty one, as on another machine."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from torch_llmkernels import settings as knobs
 from torch_llmkernels.cache import bundle
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.store import open_store
-from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, untouched
-from torch_llmkernels.errors import SearchError, SettingsError
+from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, check_devices, untouched
+from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
 from torch_llmkernels.kernels.source import parse_kernel
@@ -120,7 +121,7 @@ def precompile(
         progress: Show a progress bar on a terminal.
 
     Raises:
-        LLMKernelsError: for arguments on another device than the model.
+        LLMKernelsError: for arguments on another device than the model, and for a place that `export` cannot be written to.
         SettingsError: for an unknown mode or option, or both at once.
     """
     if mode and options:
@@ -128,8 +129,12 @@ def precompile(
     begin = time.monotonic()
     settings = knobs.current().updated(_ours(options))
     calls = [Call(tuple(a), kwargs or {}, dynamic_dims or {}) for a in (args, *more_inputs)]
+    for call in calls:
+        check_devices(model, call)
+    if export:
+        check_writable(Path(export))
+    model_ms = eager_ms(model, calls, training)  # first: inputs that the model does not take are its own error, not Dynamo's
     graphs = capture_graphs(model, calls, training=training, mode=mode, options=options)
-    model_ms = eager_ms(model, calls, training)
     regions = plan_regions(graphs, model_ms, settings)
     skipped = tuple((s.signature, s.reason) for graph in graphs for s in graph.skipped)
     report = PrecompileReport(tuple(regions), (), len(graphs), skipped, model_ms, 0.0, False, dry_run)
@@ -150,6 +155,22 @@ def precompile(
         complete=complete,
         exported=exported,
     )
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a bundle's path before minutes are spent on what is to go into it.
+
+    Raises:
+        LLMKernelsError: if it is a folder, or its folder cannot be made or written to.
+    """
+    folder = path.absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "it is a folder" if path.is_dir() else "" if os.access(folder, os.W_OK) else f"{folder} is not writable"
+    except OSError as error:
+        reason = f"{folder}: {error.strerror}"
+    if reason:
+        raise LLMKernelsError(f"the bundle cannot be written to {path}: {reason}; nothing was verified yet")
 
 
 def _ours(options: Mapping[str, Any] | None) -> dict[str, Any]:
