@@ -96,7 +96,7 @@ def test_device_variables_are_refused() -> None:
         "// y = relu", "#define GLOBAL __attribute__((device))\nGLOBAL int counter;\n// y = relu"
     )
     hidden = parse_kernel(text.replace("atomicAdd(calls, 1)", "atomicAdd(&counter, 1)"), "add_relu")
-    with pytest.raises(CompileError, match="keeps no state"):
+    with pytest.raises(CompileError, match=r"variables \(counter\); a kernel keeps no state"):
         CUDA.compile(hidden, tasks.relu_add_task(64, device="cuda"), {"THREADS": 128, "VEC": 4}, H100)
 
 

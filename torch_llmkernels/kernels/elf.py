@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Iterator
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SYMBOL = struct.Struct("<IBBHQQ")
-_STRTAB_LINK, _SHT_DYNSYM = 6, 11
+_STRTAB_LINK, _SHT_SYMTAB, _SHT_DYNSYM = 6, 2, 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +18,12 @@ class SharedObject:
     Attributes:
         imports: Names of the symbols it takes from elsewhere (weak ones included).
         sections: Section name to size in bytes.
+        symbols: Section name to the names of the symbols that are defined in it.
     """
 
     imports: frozenset[str]
     sections: dict[str, int]
+    symbols: dict[str, frozenset[str]]
 
 
 def read_shared_object(code: bytes) -> SharedObject:
@@ -35,17 +38,27 @@ def read_shared_object(code: bytes) -> SharedObject:
     size, count, names_index = struct.unpack_from("<HHH", code, 0x3A)
     headers = [_SECTION.unpack_from(code, offset + i * size) for i in range(count)]
     names = headers[names_index]
-    sections = {_string(code, names[4] + header[0]): header[5] for header in headers}
+    titles = [_string(code, names[4] + header[0]) for header in headers]
     imports: set[str] = set()
+    symbols: dict[str, set[str]] = {}
     for header in headers:
-        if header[1] == _SHT_DYNSYM:
-            imports |= _undefined(code, header[4], header[5], headers[header[_STRTAB_LINK]][4])
-    return SharedObject(frozenset(imports), sections)
+        if header[1] not in (_SHT_SYMTAB, _SHT_DYNSYM):
+            continue
+        for name, section in _symbols(code, header[4], header[5], headers[header[_STRTAB_LINK]][4]):
+            if section == 0 and header[1] == _SHT_DYNSYM:
+                imports.add(name)
+            elif 0 < section < len(titles):
+                symbols.setdefault(titles[section], set()).add(name)
+    sizes = {title: header[5] for title, header in zip(titles, headers, strict=True)}
+    return SharedObject(frozenset(imports), sizes, {title: frozenset(found) for title, found in symbols.items()})
 
 
-def _undefined(code: bytes, offset: int, size: int, strings: int) -> set[str]:
-    symbols = (_SYMBOL.unpack_from(code, offset + i) for i in range(0, size, _SYMBOL.size))
-    return {_string(code, strings + name) for name, _, _, section, _, _ in symbols if section == 0 and name}
+def _symbols(code: bytes, offset: int, size: int, strings: int) -> Iterator[tuple[str, int]]:
+    """(name, index of its section) of every symbol of a table that has a name."""
+    for i in range(0, size, _SYMBOL.size):
+        name, _, _, section, _, _ = _SYMBOL.unpack_from(code, offset + i)
+        if name:
+            yield _string(code, strings + name), section
 
 
 def _string(code: bytes, offset: int) -> str:

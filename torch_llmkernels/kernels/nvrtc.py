@@ -163,10 +163,11 @@ def check_stateless(code: bytes, name: str) -> None:
     Raises:
         CompileError: if the cubin has writable global memory of its own.
     """
-    size = read_shared_object(code).sections.get(".nv.global", 0)
-    if size:
+    found = read_shared_object(code)
+    if found.sections.get(".nv.global", 0):
+        names = ", ".join(sorted(n for n in found.symbols.get(".nv.global", ()) if not n.startswith("."))) or "unnamed"
         raise CompileError(
-            f"{name}: has {size} bytes of __device__ variables; a kernel keeps no state, use a [[workspace]] (a constexpr at "
+            f"{name}: has __device__ variables ({names}); a kernel keeps no state, use a [[workspace]] (a constexpr at "
             "namespace scope whose address is taken counts: make it an enum or a macro)"
         )
 
