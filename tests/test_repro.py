@@ -17,6 +17,7 @@ from torch_llmkernels.cli import main
 from torch_llmkernels.errors import StoreError
 from torch_llmkernels.evaluation import Record, Status
 from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.plan import Plan
 from torch_llmkernels.repro import Subject, find, script
 from torch_llmkernels.settings import Settings
 
@@ -48,6 +49,15 @@ def test_another_kernel_of_the_library_can_be_asked_for(knobs: Settings) -> None
     assert find(TASK.key, knobs, kernel="ln").kernel_name == "ln"
     with pytest.raises(StoreError, match="kernel 'nonesuch'"):
         find(TASK.key, knobs, kernel="nonesuch")
+
+
+def test_what_was_not_accepted_is_found_too(knobs: Settings) -> None:
+    """A candidate of a bundle, and a library kernel that failed for a task of a graph that was compiled here."""
+    imported, failed = layer_norm_task(2, 64), layer_norm_task(2, 128)
+    Store(knobs.store_directory()).put_imported(dataclasses.replace(record_for(imported, KERNEL), origin="import:x"))
+    Store(knobs.store_directory()).put("plan/g", Plan((failed,)).to_bytes())
+    assert find(imported.key, knobs).origin == "import:x"
+    assert (find(failed.key, knobs).kernel_name, find(failed.key, knobs).constants) == ("ln", None)
 
 
 def test_too_few_digits_and_unknown_keys_are_errors_that_help(knobs: Settings) -> None:

@@ -6,12 +6,13 @@ was decided for exactly these tasks. A plan holds no decision, so it cannot be s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,14 @@ def remember(key: str, found: Plan, settings: Settings) -> None:
         _store(settings).put(_PREFIX + key, found.to_bytes())
     except LLMKernelsError as error:
         log.info("plan kept in this process only: %s", error)
+
+
+def stored(settings: Settings) -> Iterator[Plan]:
+    """Every plan in the store that this release can read: what was captured here, graph by graph."""
+    store = _store(settings)
+    for key in store.keys(_PREFIX):
+        with contextlib.suppress(SchemaError):
+            yield Plan.from_bytes(store.get(key) or b"")
 
 
 def forget() -> None:

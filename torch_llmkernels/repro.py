@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from torch_llmkernels.cache.library import default_library
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.errors import StoreError
+from torch_llmkernels.plan import stored
 from torch_llmkernels.program import python_source
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
@@ -64,9 +65,12 @@ def find(key: str, settings: Settings, kernel: str = "") -> Subject:
 
 
 def _subjects(key: str, settings: Settings) -> Iterator[Subject]:
-    """Accepted kernels first, then those of the library that were tried, then records that came with the library."""
-    library = default_library(settings)
-    for where, decision in open_store(settings).decisions():
+    """Accepted kernels first, then those of the library that were tried, records of the library, and imported candidates.
+
+    Last, for tasks that nothing was accepted for: whatever in the library serves a task of a graph that was compiled here.
+    """
+    library, store = default_library(settings), open_store(settings)
+    for where, decision in store.decisions():
         if not where.task_key.startswith(key) or decision.record is None:
             continue
         record = decision.record
@@ -77,6 +81,13 @@ def _subjects(key: str, settings: Settings) -> Iterator[Subject]:
     for record in library.records():
         if record.task.key.startswith(key):
             yield Subject(record.task, record.kernel_name, record.kernel_text, record.constants, f"library, {record.device_kind}")
+    for record in store.all_imported():
+        if record.task.key.startswith(key):
+            yield Subject(record.task, record.kernel_name, record.kernel_text, record.constants, record.origin)
+    for task in {task.key: task for found in stored(settings) for task in found.tasks if task.key.startswith(key)}.values():
+        for kernel in library.kernels(task.signature, task.device):
+            if kernel.why_not(task) is None:
+                yield Subject(task, kernel.name, kernel.text, None, "library, not accepted here")
 
 
 def script(subject: Subject) -> str:

@@ -165,6 +165,11 @@ class BaseStore(abc.ABC):
                 found += [Record.from_json(plain)] if plain is not None else []
         return found
 
+    def all_imported(self) -> list[Record]:
+        """`imported` of every signature."""
+        signatures = dict.fromkeys(name.split("/")[1] for name in self.keys(IMPORTED))
+        return [record for signature in signatures for record in self.imported(signature)]
+
     def put_imported(self, record: Record) -> str:
         """Keep a record from elsewhere as a candidate; returns its store key."""
         plain = record.to_json()

@@ -202,20 +202,16 @@ def _failing(store: Store) -> Iterator[str]:
 
 def stored_records(store: Store) -> list[Record]:
     """Every record in the store: of decisions, then imported candidates."""
-    found = [decision.record for _, decision in store.decisions() if decision.record is not None]
-    signatures = dict.fromkeys(key.split("/")[1] for key in store.keys("imported/"))
-    return found + [record for signature in signatures for record in store.imported(signature)]
+    return [decision.record for _, decision in store.decisions() if decision.record is not None] + store.all_imported()
 
 
 def _export(args: argparse.Namespace) -> int:
     from torch_llmkernels.cache import bundle
 
     store = _open()
-    signatures = dict.fromkeys(key.split("/")[1] for key in store.keys("imported/"))
-    imported = [record for signature in signatures for record in store.imported(signature)]
     names = [key.removeprefix("binary/") for key in store.keys("binary/")] if args.binaries else []
     binaries = {name: store.binary(name) or b"" for name in names}
-    count = bundle.export(args.file, imported, store.decisions(), binaries, store.graph_decisions())
+    count = bundle.export(args.file, store.all_imported(), store.decisions(), binaries, store.graph_decisions())
     print(f"wrote {count} entries to {args.file}")
     return 0
 
