@@ -25,6 +25,9 @@ Tier = Literal["quick", "full"]
 Preset = Literal["quick", "default", "thorough", "sequential"]
 
 
+_ENVIRONMENT = "environment variable LLMKERNELS_"
+
+
 def knob(default: Any, doc: str) -> Any:
     """A field of `Settings` with its one line of documentation."""
     return dataclasses.field(default=default, metadata={"doc": doc})
@@ -70,7 +73,7 @@ class Settings:
         found = {k[len(prefix):].lower(): v for k, v in environ.items() if k.startswith(prefix)}
         # the test-only variables are read by the test suite, not by the package
         found = {k: v for k, v in found.items() if not k.startswith("test_")}
-        return cls().updated(found, origin="environment variable LLMKERNELS_")
+        return cls().updated(found, origin=_ENVIRONMENT)
 
     def updated(self, values: Mapping[str, Any], origin: str = "option ") -> Settings:
         """A copy with `values` parsed and applied.
@@ -82,7 +85,7 @@ class Settings:
         for name, value in values.items():
             if name not in KNOBS:
                 raise SettingsError(unknown_name(name, KNOBS, origin))
-            parsed[name] = _parse(name, value, origin)
+            parsed[name] = _parse(name, value, _spelt(name, origin))
         return dataclasses.replace(self, **parsed)
 
     def store_directory(self) -> Path:
@@ -102,31 +105,36 @@ def unknown_name(name: str, known: Iterable[str], origin: str, also: Iterable[st
     """One sentence for an unknown knob: what, the closest known name (of `also` too), and the whole list of `known`."""
     close = difflib.get_close_matches(name, [*known, *also], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
-    return f"unknown {origin}{name}{hint} Known: {', '.join(sorted(known))}"
+    return f"unknown {_spelt(name, origin)}{hint} Known: {', '.join(sorted(known))}"
 
 
-def _parse(name: str, value: Any, origin: str) -> Any:
+def _spelt(name: str, origin: str) -> str:
+    """The knob as its user wrote it: variables of the environment are in upper case."""
+    return origin + (name.upper() if origin == _ENVIRONMENT else name)
+
+
+def _parse(name: str, value: Any, what: str) -> Any:
     want = _TYPES[name]
     if get_origin(want) is Literal:
         choices = get_args(want)
         if value in choices:
             return value
-        raise SettingsError(f"{origin}{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+        raise SettingsError(f"{what}: {value!r} is not one of {', '.join(map(repr, choices))}")
     if want is bool:
         if isinstance(value, bool):
             return value
         text = str(value).lower()
         if text in _TRUE + _FALSE:
             return text in _TRUE
-        raise SettingsError(f"{origin}{name}: {value!r} is not a boolean (use one of {', '.join(_TRUE + _FALSE)})")
+        raise SettingsError(f"{what}: {value!r} is not a boolean (use one of {', '.join(_TRUE + _FALSE)})")
     if isinstance(value, bool):
-        raise SettingsError(f"{origin}{name}: {value!r} is not a {want.__name__}")
+        raise SettingsError(f"{what}: {value!r} is not a {want.__name__}")
     try:
         number = want(value)
     except (TypeError, ValueError):
-        raise SettingsError(f"{origin}{name}: {value!r} is not a {want.__name__}") from None
+        raise SettingsError(f"{what}: {value!r} is not a {want.__name__}") from None
     if want is not str and name != "fuel" and not number >= 0:  # neither is not-a-number, which no comparison would end
-        raise SettingsError(f"{origin}{name}: {value!r} is below 0 or not a number")
+        raise SettingsError(f"{what}: {value!r} is below 0 or not a number")
     return number
 
 
