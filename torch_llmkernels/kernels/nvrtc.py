@@ -165,11 +165,20 @@ def check_stateless(code: bytes, name: str) -> None:
     """
     found = read_shared_object(code)
     if found.sections.get(".nv.global", 0):
-        names = ", ".join(sorted(n for n in found.symbols.get(".nv.global", ()) if not n.startswith("."))) or "unnamed"
+        names = ", ".join(sorted(_unmangled(n) for n in found.symbols.get(".nv.global", ()) if not n.startswith("."))) or "unnamed"
         raise CompileError(
             f"{name}: has __device__ variables ({names}); a kernel keeps no state, use a [[workspace]] (a constexpr at "
             "namespace scope whose address is taken counts: make it an enum or a macro)"
         )
+
+
+def _unmangled(symbol: str) -> str:
+    """The last name in a mangled one such as `_ZN11kernel_file7counterE`; any other as it is."""
+    rest, name = symbol.removeprefix("_ZN"), symbol
+    while rest != symbol and (length := re.match(r"\d+", rest)):
+        end = length.end() + int(length[0])
+        name, rest = rest[length.end() : end], rest[end:]
+    return name
 
 
 def resources_of(log: str, binary_bytes: int) -> Resources:
