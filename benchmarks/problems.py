@@ -160,6 +160,7 @@ WIDER = (
     Problem("attention_4x16x4096x128_fp16", Attention, ((4, 16, 4096, 128),) * 3, torch.float16),
     Problem("attention_32x32x512x1024_fp16", Attention, ((32, 32, 512, 1024),) * 3, torch.float16),
     Problem("attention_4x16x2048x64_fp16", Attention, ((4, 16, 2048, 64),) * 3, torch.float16),
+    Problem("matmul_fp16_2048", lambda: Call(torch.matmul), ((2048, 2048), (2048, 2048)), torch.float16),
     Problem("matmul_fp16_4096", lambda: Call(torch.matmul), ((4096, 4096), (4096, 4096)), torch.float16),
 )
 CPU = (
