@@ -112,6 +112,19 @@ def test_a_wrong_kernel_is_never_swapped_in(setup) -> None:
     assert script.asked == [("fast", False), ("slow", False)]
 
 
+def test_a_kernel_that_took_too_long_is_named_with_the_way_to_try_it_again(setup) -> None:
+    """It is remembered as a wrong one is; but a busy machine may have been the cause."""
+    make, script = setup
+    script.outcomes = {"slow": evaluation(Status.WRONG), "fast": evaluation(Status.TIMEOUT)}
+    reason = make().decide(TASK).reason
+    assert "timeout" in reason and reason.endswith(f"llmkernels cache rm {TASK.key}")
+    script.outcomes["fast"] = timed(1.0)
+    assert make().decide(TASK).reason == reason
+    (name,) = make().store.keys("decision/")
+    assert TASK.key in name and make().store.delete(name)
+    assert make().decide(TASK).record.kernel_name == "fast"
+
+
 def test_swap_correct_needs_no_times(setup) -> None:
     make, script = setup
     script.outcomes = {"slow": timed(3.0), "fast": evaluation(Status.WRONG)}

@@ -52,5 +52,5 @@ def check_swap() -> None:
     print(f"wheel: {swapped[0].signature} {swapped[0].reason}")
 
 
-if __name__ == "__main__":  # the evaluation worker is a spawned process, which imports this file again
+if __name__ == "__main__":
     main()

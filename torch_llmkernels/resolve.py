@@ -25,7 +25,7 @@ from torch_llmkernels.cache.store import BaseStore, open_store
 from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluate.candidate import Binaries
 from torch_llmkernels.evaluate.job import Job
-from torch_llmkernels.evaluation import Decision, Evaluation, Record
+from torch_llmkernels.evaluation import Decision, Evaluation, Record, Status
 from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.kernels.targets import target_for
@@ -239,7 +239,9 @@ def _why_nothing(known: Decision, task: Task) -> str:
         return known.reason
     if known.tried:
         outcomes = ", ".join(f"{name} {e.status}" for name, e in known.tried)
-        return f"kept Inductor: no kernel passed on this device ({outcomes})"
+        by_chance = any(e.status in (Status.TIMEOUT, Status.CRASHED) for _, e in known.tried)  # as a busy machine can make them
+        remedy = f"; to try them again: llmkernels cache rm {task.key}" if by_chance else ""
+        return f"kept Inductor: no kernel passed on this device ({outcomes}){remedy}"
     return f"kept Inductor: no kernel implements {task.signature} for this task on {task.device}"
 
 
