@@ -133,13 +133,14 @@ LARGE = (
 
 def small() -> tuple[ModelCase, ...]:
     """Small versions for two cores: the models of the test suite, and tiny configurations of the large ones."""
+    import small_models
     import zoo
 
     own = [
         ModelCase(
             name, "small", make, _batched(inputs), (1, 2), torch.bfloat16, training=name in ("resnet", "gpt", "encoder", "digits")
         )
-        for name, (make, inputs) in zoo.CASES.items()
+        for name, (make, inputs) in {**zoo.CASES, **small_models.CASES}.items()
         if name != "dropout"  # its training step is random, and a model in eval mode has none
     ]
     tiny = [
