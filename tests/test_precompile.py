@@ -20,7 +20,7 @@ from torch_llmkernels import graph_decision, plan, resolve, settings
 from torch_llmkernels.cache import bundle
 from torch_llmkernels.capture import Call, capture, capture_graphs
 from torch_llmkernels.cli import main
-from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.errors import LLMKernelsError, SearchError
 from torch_llmkernels.evaluation import Evaluation, Record
 from torch_llmkernels.graph_decision import GraphDecision, graph_key
 from torch_llmkernels.kernels.targets import target_for
@@ -188,6 +188,26 @@ def test_what_the_budget_does_not_cover_stays_open(script: Evaluations) -> None:
     report = precompile(Norms().eval(), (torch.randn(4, 32),), budget=0)
     assert script.asked == [] and not report.complete and not report.swapped
     assert "the budget ended before 2 regions; run it again" in str(report)
+
+
+@needs_compiler
+def test_with_a_provider_what_no_kernel_wins_is_searched(script: Evaluations, monkeypatch) -> None:
+    """A search that fails leaves its region open and the others theirs."""
+    searched: list[tuple[str, float]] = []
+
+    def search(task: Any, facts: Any, key: Any, store: Any, knobs: Any) -> Record:
+        searched.append((task.key, knobs.search_budget_s))
+        raise SearchError("the model has nothing to say")
+
+    monkeypatch.setattr("torch_llmkernels.search.on_miss.search", search)
+    model, x = Norms().eval(), torch.randn(4, 32)
+    with settings.override(provider="replay:nowhere", search_budget_s=7.0, search_budget_tokens=1000):
+        planned = precompile(model, (x,), dry_run=True)
+        report = precompile(model, (x,))
+    unserved = [region.task.key for region in planned.regions if not region.kernels]
+    assert unserved and sorted(searched) == sorted((key, 7.0) for key in unserved)
+    assert f"at most {1000 * len(planned.regions):,} tokens" in str(planned)
+    assert not report.complete and len(report.swapped) == 2
 
 
 def test_a_model_without_regions_is_said_to_have_none(script: Evaluations) -> None:
