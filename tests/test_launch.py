@@ -13,6 +13,7 @@ from torch_llmkernels.kernels.device import DeviceFacts, cpu_level, cuda_arch, f
 from torch_llmkernels.kernels.expression import Expression
 from torch_llmkernels.kernels.plan import plan_launches
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
+from torch_llmkernels.task import TensorSpec
 
 FACTS = facts_for_arch("sm_90a")
 TEXT = """/*---
@@ -171,6 +172,15 @@ def test_contiguity_and_products_of_list_parameters_are_names() -> None:
     assert launch.environment(parse_kernel(text), transposed, {})["x.contiguous"] == 0
 
 
+def test_channels_last_is_the_order_n_h_w_c() -> None:
+    shape, nhwc = (2, 3, 4, 5), (60, 1, 15, 3)
+    assert TensorSpec("x", "float32", shape, nhwc).is_channels_last
+    assert not TensorSpec("x", "float32", shape, (60, 20, 5, 1)).is_channels_last
+    assert not TensorSpec("x", "float32", shape, (120, 1, 30, 6)).is_channels_last  # every other pixel
+    assert TensorSpec("x", "float32", (2, 1, 4, 5), (20, 20, 5, 1)).is_channels_last  # one channel: both orders are the same
+    assert not TensorSpec("x", "float32", (6, 4), (4, 1)).is_channels_last
+
+
 KERNEL_OF_LISTS = """/*---
 implements = "layer_norm"
 target = "cpu"
@@ -188,5 +198,6 @@ extern "C" void ln(const T_x* x, const T_weight* weight, const T_bias* bias, T_y
 
 def test_an_absent_optional_tensor_counts_as_contiguous() -> None:
     without, needs = tasks.layer_norm_task(device="cuda", bias=False), kernel('"cols <= 4096"', '"bias.contiguous"')
-    assert launch.environment(needs, without, {"THREADS": 128}, FACTS)["bias.contiguous"] == 1
+    names = launch.environment(needs, without, {"THREADS": 128}, FACTS)
+    assert names["bias.contiguous"] == names["bias.channels_last"] == 1
     assert needs.why_not(without) is None

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch_llmkernels.errors import SchemaError, TaskError
@@ -65,8 +65,18 @@ class TensorSpec:
     @property
     def is_contiguous(self) -> bool:
         """Whether the strides are those of a row-major tensor of this (static) shape; sizes of 1 may have any stride."""
+        return self._is_dense(range(len(self.shape)))
+
+    @property
+    def is_channels_last(self) -> bool:
+        """The same for (n, c, h, w) in the order n, h, w, c; False for any other number of dimensions."""
+        return len(self.shape) == 4 and self._is_dense((0, 2, 3, 1))
+
+    def _is_dense(self, order: Sequence[int]) -> bool:
+        """Whether memory holds the elements without gaps, `order` naming the dimensions from the outermost to the innermost."""
         expected = 1
-        for size, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+        for dim in reversed(order):
+            size, stride = self.shape[dim], self.stride[dim]
             if isinstance(size, str) or isinstance(stride, str):
                 return False
             if size != 1 and stride != expected:

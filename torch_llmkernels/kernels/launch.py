@@ -83,7 +83,8 @@ def _base_environment(
     present = {t.name for t in tensors}
     names = _parameters(task)
     names.update((f"HAS_{name.upper()}", int(name in present)) for name in kernel.optional)
-    names.update((f"{name}.contiguous", 1) for name in kernel.optional)  # so that `where` can demand it of those that are present
+    for name in kernel.optional:  # so that `where` can demand it of those that are present
+        names.update({f"{name}.contiguous": 1, f"{name}.channels_last": 1})
     names.update(stage_positions(kernel, task))
     names.update(constants)
     for spec in tensors:
@@ -129,7 +130,8 @@ def _indexed(name: str, values: Sequence[Any]) -> dict[str, int]:
 
 def _attributes(spec: TensorSpec) -> dict[str, int]:
     names = {f"{spec.name}.numel": math.prod(spec.shape), f"{spec.name}.ndim": len(spec.shape),  # type: ignore[arg-type]
-             f"{spec.name}.itemsize": ITEMSIZE[spec.dtype], f"{spec.name}.contiguous": int(spec.is_contiguous)}  # fmt: skip
+             f"{spec.name}.itemsize": ITEMSIZE[spec.dtype], f"{spec.name}.contiguous": int(spec.is_contiguous),
+             f"{spec.name}.channels_last": int(spec.is_channels_last)}  # fmt: skip
     return names | _indexed(f"{spec.name}.shape", spec.shape) | _indexed(f"{spec.name}.stride", spec.stride)
 
 
@@ -210,7 +212,7 @@ def _dynamic_names(kernel: Kernel, task: Task) -> set[str]:
                 if isinstance(value, str):
                     dynamic |= {f"{spec.name}.{kind}[{i}]", f"{spec.name}.{kind}[{i - len(values)}]"}
         if any(isinstance(size, str) for size in spec.shape):
-            dynamic |= {f"{spec.name}.numel", f"{spec.name}.contiguous"}
+            dynamic |= {f"{spec.name}.numel", f"{spec.name}.contiguous", f"{spec.name}.channels_last"}
     for name, expression in kernel.dims:
         if expression.names & dynamic:
             dynamic.add(name)

@@ -167,8 +167,8 @@ def check_stateless(code: bytes, name: str) -> None:
     if found.sections.get(".nv.global", 0):
         names = ", ".join(sorted(_unmangled(n) for n in found.symbols.get(".nv.global", ()) if not n.startswith(".")))
         raise CompileError(
-            f"{name}: has __device__ variables ({names or 'unnamed'}); a kernel keeps no state, use a [[workspace]] (a constexpr at "
-            "namespace scope whose address is taken counts: make it an enum or a macro)"
+            f"{name}: has __device__ variables ({names or 'unnamed'}); a kernel keeps no state, use a [[workspace]] (a constexpr "
+            "at namespace scope whose address is taken counts: make it an enum or a macro)"
         )
 
 

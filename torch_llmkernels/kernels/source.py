@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 400_000
 _OPEN, _CLOSE = "/*---", "---*/"
-_TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize|contiguous)\Z")
+_TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize|contiguous|channels_last)\Z")
 _DEVICE = ("device.sms", "device.smem_per_block", "device.threads", "device.arch")
 
 
@@ -305,7 +305,7 @@ def _check_expression(kernel: Kernel, where: str, expression: Expression, known:
         elif name.startswith("device."):
             problem = f"'{name}' is unknown (device has {', '.join(_DEVICE)})"
         elif "." in name:
-            problem = f"'{name}': a tensor has .shape[i], .stride[i], .numel, .ndim, .itemsize and .contiguous"
+            problem = f"'{name}': a tensor has .shape[i], .stride[i], .numel, .ndim, .itemsize, .contiguous and .channels_last"
         elif name.upper() == name and not name.startswith("_"):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
