@@ -131,6 +131,9 @@ def test_dynamic_dimensions_give_symbolic_tasks(script: Evaluations) -> None:
 def test_inputs_on_another_device_are_named(script: Evaluations) -> None:
     with pytest.raises(LLMKernelsError, match="argument 0 is on meta, the model on cpu; move one of them"):
         precompile(nn.LayerNorm(8), (torch.randn(2, 8, device="meta"),))
+    inside = {"xs": [torch.randn(2, 8), {"mask": torch.randn(2, 8, device="meta")}]}
+    with pytest.raises(LLMKernelsError, match="argument xs is on meta, the model on cpu"):
+        capture(nn.LayerNorm(8), kwargs=inside)
 
 
 def test_the_plan_counts_equal_tasks_once_and_orders_by_worth(script: Evaluations) -> None:
@@ -454,3 +457,6 @@ def test_one_variant_runs_as_the_user_would_run_it() -> None:
     step = whole_graph.step_of(model, model, [Call((torch.ones(1, 4),)), Call((torch.ones(2, 4),))], training=True)
     step()
     assert seen == [1, 2] and model.weight.grad is None
+    leaf = torch.ones(2, requires_grad=True)
+    whole_graph.step_of(lambda x: x["a"][0], None, [Call(kwargs={"x": {"a": [leaf]}})], training=True)()
+    assert leaf.grad is None

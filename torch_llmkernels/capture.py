@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from torch_llmkernels import backend
 from torch_llmkernels.errors import LLMKernelsError
@@ -35,6 +36,12 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     dynamic_dims: Mapping[int | str, Sequence[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[tuple[int | str, torch.Tensor]]:
+        """Every tensor, those inside lists and dicts too, with the position or keyword of its argument."""
+        named = (*enumerate(self.args), *self.kwargs.items())
+        return [(name, t) for name, value in named for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
 
     def mark(self) -> None:
         """Tell Dynamo about `dynamic_dims`.
@@ -161,11 +168,11 @@ def check_devices(model: Any, call: Call) -> None:
     """
     state = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
     homes = {str(t.device) for t in state}
-    for name, value in (*enumerate(call.args), *call.kwargs.items()):
+    for name, tensor in call.tensors:
         # a scalar on the CPU may be mixed with anything
-        if isinstance(value, torch.Tensor) and value.ndim and homes and str(value.device) not in homes:
+        if tensor.ndim and homes and str(tensor.device) not in homes:
             raise LLMKernelsError(
-                f"argument {name} is on {value.device}, the model on {', '.join(sorted(homes))}; move one of them with .to(...)"
+                f"argument {name} is on {tensor.device}, the model on {', '.join(sorted(homes))}; move one of them with .to(...)"
             )
 
 

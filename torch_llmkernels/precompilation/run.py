@@ -181,12 +181,13 @@ def _ours(options: Mapping[str, Any] | None) -> dict[str, Any]:
 def eager_ms(model: Any, calls: Sequence[Call], training: bool) -> float:
     """Median milliseconds of all calls together, eager; with `training` forward and backward."""
     with untouched(model), torch.set_grad_enabled(training):
-        return median_ms(step_of(model, model, calls, training), _device(calls))
+        return median_ms(step_of(model, model, calls, training), _device(model, calls))
 
 
-def _device(calls: Sequence[Call]) -> str:
-    tensors = [v for call in calls for v in (*call.args, *call.kwargs.values()) if isinstance(v, torch.Tensor)]
-    return "cuda" if any(t.is_cuda for t in tensors) else "cpu"
+def _device(model: Any, calls: Sequence[Call]) -> str:
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    tensors = (*parameters, *(tensor for call in calls for _, tensor in call.tensors))
+    return "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
 
 
 def decide(regions: Sequence[PlannedRegion], settings: Settings, deadline: float, progress: bool = False) -> list[PlannedRegion]:

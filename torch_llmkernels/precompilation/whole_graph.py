@@ -96,10 +96,8 @@ def step_of(compiled: Callable[..., Any], model: Any, calls: Sequence[Call], tra
 
 def clear_gradients(model: Any, call: Call) -> None:
     """Drop the gradients of the model's parameters and of a call's inputs."""
-    values = (*call.args, *call.kwargs.values())
-    for leaf in (*(model.parameters() if isinstance(model, torch.nn.Module) else ()), *values):
-        if isinstance(leaf, torch.Tensor):
-            leaf.grad = None
+    for leaf in (*(model.parameters() if isinstance(model, torch.nn.Module) else ()), *(t for _, t in call.tensors)):
+        leaf.grad = None
 
 
 def loss_of(output: Any) -> torch.Tensor:
