@@ -218,7 +218,7 @@ def judged(row: dict[str, Any], samples: dict[str, list[float]], dtype: torch.dt
     for mode in [m for m in samples if m.startswith("ours") and m.replace("ours", "inductor", 1) in samples]:
         paired = Paired.of(samples[mode.replace("ours", "inductor", 1)], samples[mode])
         gains[mode] = {"ratio": paired.ratio, "noise": paired.noise}
-    swaps = sum(len(entry.get("swapped", ())) for mode, entry in row["modes"].items() if mode == "ours")
+    swaps = max((len(entry.get("swapped", ())) for mode, entry in row["modes"].items() if mode.startswith("ours")), default=0)
     return {"gain": gains, "swaps": swaps}
 
 

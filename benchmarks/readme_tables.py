@@ -66,25 +66,24 @@ def operators(result: Result) -> str:
 
 
 def models(result: Result) -> str:
-    """Latencies of both compilers in both modes, and what switching gains."""
-    rows = []
+    """Latencies of both compilers in every mode that was measured, and what switching gains."""
+    rows, modes = [], ("", " reduce-overhead", " max-autotune")
     for row in result["rows"]:
         if "skipped" in row:
             continue
         entry = row["modes"]
-        latencies = [
-            entry.get(m, {}).get("abs_latency")
-            for m in ("eager", "inductor", "ours", "inductor reduce-overhead", "ours reduce-overhead")
-        ]
-        gains = [_gain(row["gain"].get(mode)) if row["swaps"] else "no swap" for mode in ("ours", "ours reduce-overhead")]
+        names = ("eager", *(f"{who}{mode}" for mode in modes for who in ("inductor", "ours")))
+        latencies = [entry.get(name, {}).get("abs_latency") for name in names]
+        gains = [_gain(row["gain"].get(f"ours{mode}"), entry.get(f"ours{mode}", {}).get("swapped")) for mode in modes]
         seconds = [entry.get(m, {}).get("compilation_latency") for m in ("inductor", "ours")]
         wrong = [m for m in entry if entry[m].get("accurate") is False]
         verdict = "fail: " + ", ".join(wrong) if wrong else "pass"
         name = f"{row['model']} b{row['batch']} {row['precision']} {row['phase']}"
         rows.append([name, *latencies, *gains, row["swaps"], *seconds, row["verify_s"].get("ours"), verdict])
     columns = [
-        "model", "eager ms", "Inductor ms", "ours ms", "Inductor reduce-overhead ms", "ours reduce-overhead ms", "gain",
-        "gain, reduce-overhead", "swaps", "Inductor compile s", "our compile s", "of it verifying", "accuracy",
+        "model", "eager ms", *(f"{who}{mode} ms" for mode in modes for who in ("Inductor", "ours")),
+        "gain", "gain, reduce-overhead", "gain, max-autotune",
+        "swaps", "Inductor compile s", "our compile s", "of it verifying", "accuracy",
     ]  # fmt: skip
     shown = [i for i, _ in enumerate(columns) if any(row[i] is not None for row in rows)]  # not every run has every mode
     table = markdown([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
@@ -102,8 +101,9 @@ def means(result: Result) -> list[str]:
     ]
 
 
-def _gain(gain: Result | None) -> str | None:
-    return gain and f"{gain['ratio']:.3f}x ± {gain['noise']:.3f}"
+def _gain(gain: Result | None, swapped: Sequence[str] | None) -> str | None:
+    """What a mode gains; None if it was not measured."""
+    return gain and (f"{gain['ratio']:.3f}x ± {gain['noise']:.3f}" if swapped else "no swap")
 
 
 def kernelbench(result: Result) -> str:

@@ -111,6 +111,19 @@ def test_models_without_a_swap_are_left_out_of_the_mean_but_not_of_the_worst() -
     assert found["ours"]["worst"] == 0.5 and "b b1" in found["ours"]["worst_model"]
 
 
+def test_any_mode_of_ours_can_be_measured_alone() -> None:
+    row = {"modes": {"eager": {"error": 1e-7}, "ours max-autotune": {"error": 1e-7, "swapped": ["softmax: k"]}}}
+    found = models.judged(row, {"eager": [2.0] * 5, "ours max-autotune": [1.0] * 5}, torch.float32)
+    assert found["swaps"] == 1 and row["modes"]["ours max-autotune"]["speedup"] == 2.0
+
+
+def test_the_table_of_models_has_the_modes_that_were_measured() -> None:
+    rows = [model_row("won", 2.0, 1), model_row("plain", 1.0, 0)]
+    head, _, *lines = readme_tables.models({"rows": rows, "summary": {}}).splitlines()
+    assert "Inductor ms" in head and "ours ms" in head and "max-autotune" not in head and "reduce-overhead" not in head
+    assert "2.000x ± 0.010" in lines[0] and "no swap" in lines[1]
+
+
 def test_a_model_that_cannot_be_made_is_skipped_with_its_reason(tmp_path: Path, monkeypatch) -> None:
     def broken() -> nn.Module:
         raise ModuleNotFoundError("No module named 'torchvision'")
