@@ -58,6 +58,18 @@ def arguments(doc: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def listed(text: str, known: Iterable[str], what: str) -> list[str]:
+    """A comma-separated list of known names.
+
+    Raises:
+        SystemExit: for an unknown one.
+    """
+    names, known = text.split(","), list(known)
+    if unknown := sorted(set(names) - set(known)):
+        raise SystemExit(f"unknown {what} {', '.join(unknown)}; known: {', '.join(known)}")
+    return names
+
+
 def knobs(args: argparse.Namespace, **values: Any) -> contextlib.AbstractContextManager[Any]:
     """`settings.override` with these values and the store that the command line names."""
     return settings.override(**values, **({"cache_dir": str(args.store.resolve())} if args.store else {}))
@@ -118,6 +130,8 @@ class Results:
     """
 
     def __init__(self, name: str, args: argparse.Namespace, key: Sequence[str]) -> None:
+        if reason := target_for(args.device).unavailable():
+            raise SystemExit(f"--device {args.device}: {reason}")
         flags = {k: str(v) for k, v in vars(args).items() if v not in (None, False) and k not in ("out", "store")}
         self.header = {"benchmark": name, **header(args.device, flags)}
         self.device: str = args.device

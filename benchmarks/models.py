@@ -300,15 +300,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify-s", type=float, default=300.0, help="seconds for the verification of one row")
     args = parser.parse_args(argv)
     cases = small() if args.small else LARGE
-    wanted = args.models.split(",") if args.models else [case.name for case in cases]
-    if unknown := set(wanted) - {case.name for case in cases}:
-        raise SystemExit(f"unknown models {', '.join(sorted(unknown))}; known: {', '.join(case.name for case in cases)}")
-    modes = [m for m in MODES if m == "eager" or (m.partition(" ")[2] or "default") in args.modes.split(",")]
+    known = [case.name for case in cases]
+    wanted = common.listed(args.models, known, "models") if args.models else known
+    pairs = common.listed(args.modes, ("default", "reduce-overhead", "max-autotune"), "modes")
+    modes = [m for m in MODES if m == "eager" or (m.partition(" ")[2] or "default") in pairs]
+    phases = common.listed(args.phases, ("infer", "train"), "phases")
+    precisions = common.listed(args.precisions, ("fp32", "half"), "dtypes")
     results = common.Results("models-small" if args.small else "models", args, key=ROW)
-    phases = args.phases.split(",")
     batches = [int(batch) for batch in args.batches.split(",") if batch]
     with common.knobs(args):
-        for setting in plan([case for case in cases if case.name in wanted], args.precisions.split(","), batches):
+        for setting in plan([case for case in cases if case.name in wanted], precisions, batches):
             if setting.name["phase"] in phases and results.wanted(**setting.name):
                 results.measure(functools.partial(measure, setting, modes, args, results), **setting.name)
     show(results)

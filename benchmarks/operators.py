@@ -171,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--problems", help=f"names, comma separated (default: those of the device); known: {', '.join(PROBLEMS)}")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which, comma separated")
     args = parser.parse_args(argv)
+    names = common.listed(args.contenders, CONTENDERS, "contenders")
     results = common.Results("operators", args, key=("problem", "tier"))
-    names = args.contenders.split(",")
     with common.knobs(args, verify_budget_s=600.0):
         for problem in chosen(args):
             name = {"problem": problem.name, "tier": tier(problem)}
@@ -189,10 +189,7 @@ def chosen(args: argparse.Namespace) -> list[Problem]:
     """
     if not args.problems:
         return list(CPU) if args.device == "cpu" else tiers((*SEED, *WIDER))
-    unknown = [name for name in args.problems.split(",") if name not in PROBLEMS]
-    if unknown:
-        raise SystemExit(f"unknown problems {', '.join(unknown)}; known: {', '.join(PROBLEMS)}")
-    named = [PROBLEMS[name] for name in args.problems.split(",")]
+    named = [PROBLEMS[name] for name in common.listed(args.problems, PROBLEMS, "problems")]
     return [p for p in tiers(named) if p.tf32] if args.tf32 else named if args.device == "cpu" else tiers(named)
 
 

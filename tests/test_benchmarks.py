@@ -111,6 +111,19 @@ def test_models_without_a_swap_are_left_out_of_the_mean_but_not_of_the_worst() -
     assert found["ours"]["worst"] == 0.5 and "b b1" in found["ours"]["worst_model"]
 
 
+@pytest.mark.parametrize("wrong", [["--models", "x"], ["--modes", "x"], ["--phases", "x"], ["--dtypes", "x"]])
+def test_a_misspelt_name_ends_a_benchmark_before_it_writes(tmp_path: Path, wrong: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"unknown \w+ x; known: "):
+        models.main(["--device", "cpu", "--small", *wrong, "--out", str(tmp_path / "models.json")])
+    assert not (tmp_path / "models.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_device_that_is_not_here_ends_a_benchmark(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--device cuda: "):
+        operators.main(["--device", "cuda", "--out", str(tmp_path / "operators.json")])
+
+
 def test_any_mode_of_ours_can_be_measured_alone() -> None:
     row = {"modes": {"eager": {"error": 1e-7}, "ours max-autotune": {"error": 1e-7, "swapped": ["softmax: k"]}}}
     found = models.judged(row, {"eager": [2.0] * 5, "ours max-autotune": [1.0] * 5}, torch.float32)
