@@ -151,30 +151,38 @@ static inline void scores(const float* const* rows, const float* kt, int64_t d, 
     }
 }
 
+// 6 rows of probabilities times the values. Sums of 256 products each are added up in memory: one running sum over thousands of keys
+// would round too often.
 template <int NV>
 static inline void values(const float* p, int64_t pitch, const float* v, int64_t vpitch, int64_t sk, const float* inv, float* y, int64_t ypitch, int64_t rows) {
-    V a[6][NV];
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) a[i][j] = V{};
-    }
-    for (int64_t t = 0; t < sk; ++t, v += vpitch) {
-        V w[NV];
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) w[j] = load16(v + 16 * j);
+    V total[6][NV] = {};
+    for (int64_t t = 0; t < sk;) {
+        V a[6][NV];
 #pragma GCC unroll 6
         for (int i = 0; i < 6; ++i) {
-            const float s = p[i * pitch + t];
 #pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) a[i][j] = fma16(s, w[j], a[i][j]);
+            for (int j = 0; j < NV; ++j) a[i][j] = V{};
+        }
+        for (const int64_t end = t + 256 < sk ? t + 256 : sk; t < end; ++t, v += vpitch) {
+            V w[NV];
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) w[j] = load16(v + 16 * j);
+#pragma GCC unroll 6
+            for (int i = 0; i < 6; ++i) {
+                const float s = p[i * pitch + t];
+#pragma GCC unroll 4
+                for (int j = 0; j < NV; ++j) a[i][j] = fma16(s, w[j], a[i][j]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; ++i) {
+#pragma GCC unroll 4
+            for (int j = 0; j < NV; ++j) total[i][j] += a[i][j];
         }
     }
-#pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) {
         if (i < rows) {
-#pragma GCC unroll 4
-            for (int j = 0; j < NV; ++j) put16(y + i * ypitch + 16 * j, a[i][j] / inv[i]);
+            for (int j = 0; j < NV; ++j) put16(y + i * ypitch + 16 * j, total[i][j] / inv[i]);
         }
     }
 }
