@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -274,6 +275,22 @@ def test_a_bundle_for_another_device_waits_and_says_so(script: Evaluations, expo
     assert main(["cache", "import", str(tmp_path / "foreign.llmk")]) == 0
     assert "2 candidates wait: they are for cpu-another, this device is cpu-" in capsys.readouterr().out
     assert script.asked == []
+
+
+def test_contenders_take_turns_in_changing_order_each_after_an_untimed_call(monkeypatch) -> None:
+    """Nobody is always the one that follows a certain other: whoever does finds caches that the other has filled."""
+    called: list[str] = []
+    timed: list[str] = []
+    monkeypatch.setattr(whole_graph, "_repeats", lambda call, sync: 1)
+
+    def sample(call: Callable[[], Any], repeats: int, sync: Any) -> float:
+        timed.append(called[-1])
+        return 1.0
+
+    monkeypatch.setattr(whole_graph, "_sample_s", sample)
+    whole_graph.samples_ms({name: lambda name=name: called.append(name) for name in "abc"}, "cpu", rounds=40)
+    assert timed == called and all(sorted(timed[i : i + 3]) == list("abc") for i in range(0, 120, 3))
+    assert {(a, b) for a, b in itertools.pairwise(timed) if a != b} == set(itertools.permutations("abc", 2))
 
 
 def test_a_difference_counts_only_beyond_the_noise() -> None:
