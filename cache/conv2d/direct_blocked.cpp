@@ -77,26 +77,31 @@ static inline void transpose16(V* q) {
 }
 
 template <bool EDGE> static inline void pixels(const float* src, int64_t cstep, int64_t pitch, const float* wt, int64_t c, int64_t kh, int64_t kw, const float* shift, V* lo, V* hi, int64_t row, int64_t col, int64_t h, int64_t w) {
-    // row, col: image position of src[0]; padding takes no part (0 * inf would be NaN)
-    V a[PX][2];
+    // row, col: image position of src[0]; padding takes no part (0 * inf would be NaN). Sums of some 128 products each are added up in
+    // memory: one running sum over hundreds of channels would round too often.
     const V b0 = load16(shift), b1 = load16(shift + 16);
+    for (int q = 0; q < PX; ++q) { lo[q] = b0; hi[q] = b1; }
+    const int64_t step = kh * kw < 128 ? 128 / (kh * kw) : 1;
+    for (int64_t ch = 0; ch < c;) {
+        V a[PX][2];
 #pragma GCC unroll 16
-    for (int q = 0; q < PX; ++q) { a[q][0] = b0; a[q][1] = b1; }
-    for (int64_t ch = 0; ch < c; ++ch) {
-        for (int64_t ky = 0; ky < kh; ++ky) {
-            const float* s = src + ch * cstep + ky * pitch;
-            if (EDGE && (row + ky < 0 || row + ky >= h)) { wt += 32 * kw; continue; }
-            for (int64_t kx = 0; kx < kw; ++kx, wt += 32) {
-                const V w0 = load16(wt), w1 = load16(wt + 16);
+        for (int q = 0; q < PX; ++q) { a[q][0] = V{}; a[q][1] = V{}; }
+        for (const int64_t end = ch + step < c ? ch + step : c; ch < end; ++ch) {
+            for (int64_t ky = 0; ky < kh; ++ky) {
+                const float* s = src + ch * cstep + ky * pitch;
+                if (EDGE && (row + ky < 0 || row + ky >= h)) { wt += 32 * kw; continue; }
+                for (int64_t kx = 0; kx < kw; ++kx, wt += 32) {
+                    const V w0 = load16(wt), w1 = load16(wt + 16);
 #pragma GCC unroll 16
-                for (int q = 0; q < PX; ++q) {
-                    if (EDGE && (col + kx + q < 0 || col + kx + q >= w)) continue;
-                    a[q][0] = fma16(s[kx + q], w0, a[q][0]); a[q][1] = fma16(s[kx + q], w1, a[q][1]); }
+                    for (int q = 0; q < PX; ++q) {
+                        if (EDGE && (col + kx + q < 0 || col + kx + q >= w)) continue;
+                        a[q][0] = fma16(s[kx + q], w0, a[q][0]); a[q][1] = fma16(s[kx + q], w1, a[q][1]); }
+                }
             }
         }
-    }
 #pragma GCC unroll 16
-    for (int q = 0; q < PX; ++q) { lo[q] = a[q][0]; hi[q] = a[q][1]; }
+        for (int q = 0; q < PX; ++q) { lo[q] += a[q][0]; hi[q] += a[q][1]; }
+    }
 }
 
 extern "C" void conv(const float* x, const float* weight, const float* bias, float* y, float* padded, float* packed, float* shift, int64_t n, int64_t c, int64_t h, int64_t w,

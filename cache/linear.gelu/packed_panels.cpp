@@ -20,7 +20,7 @@ kernel = "linear_gelu"
 args   = ["x", "weight", "bias", "y", "linear_out", "xp", "wp", "mb", "nb", "m", "k", "n", "wpitch"]
 ---*/
 // Both operands are packed once (x as [block][k][MR], the weight as [panel][k][32]) in one loop without a barrier in between; MR x 32
-// register tiles over k in blocks of 512, through an L1 tile to one rolled bias + GELU loop.
+// register tiles over k in blocks of 256 (longer sums round too often), through an L1 tile to one rolled bias + GELU loop.
 
 // sixteen floats: AVX-512 where there is one, GCC vectors of the same size elsewhere
 typedef float V __attribute__((vector_size(64)));
@@ -227,7 +227,7 @@ extern "C" void linear_gelu(const float* x, const float* weight, const float* bi
             const int64_t count = n - p * 32 < 32 ? n - p * 32 : 32;
             float tile[MR * 32];
             for (int64_t b = b0; b < b1; ++b) {
-                for (int64_t t = 0; t < k; t += 512) micro(xp + (b * k + t) * MR, wp + (p * k + t) * 32, k - t < 512 ? k - t : 512, tile, t == 0);
+                for (int64_t t = 0; t < k; t += 256) micro(xp + (b * k + t) * MR, wp + (p * k + t) * 32, k - t < 256 ? k - t : 256, tile, t == 0);
                 const int64_t rows = m - b * MR < MR ? m - b * MR : MR;
                 finish<32>(tile, rows, count, bias + p * 32, y + b * MR * n + p * 32, linear_out + b * MR * n + p * 32, n);
             }
