@@ -11,7 +11,7 @@ import pytest
 
 from tests import tasks
 from tests.records import FACTS, KERNEL, record_for
-from torch_llmkernels.cache.library import Library, default_library
+from torch_llmkernels.cache.library import Library, default_library, write_atomically
 from torch_llmkernels.errors import KernelSourceError, SettingsError, StoreError
 from torch_llmkernels.evaluation import Status
 from torch_llmkernels.settings import Settings
@@ -161,3 +161,10 @@ def test_one_file_serves_every_signature_that_it_lists(library: Library) -> None
     assert text != KERNEL and library.signatures() == ["layer_norm", "layer_norm.relu"]
     assert [kernel.name for kernel in library.kernels("layer_norm.relu", "cpu")] == ["both"]
     assert library.kernels("softmax", "cpu") == ()
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "taken", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -250,3 +251,12 @@ def test_inductor_plans_outputs_and_workspaces(dynamic: bool) -> None:
     (call,) = [line.strip() for line in code.splitlines() if line.strip().startswith("llmk_softmax_") and "bind" not in line]
     assert call.count(",") == (3 if dynamic else 2) and call.count("buf") == 2
     assert not op.bind(spec).reason
+
+
+def test_a_lock_that_was_held_at_a_fork_is_free_in_the_child() -> None:
+    slot = op.bind(op.encode_spec(record_of(layer_norm_task(8, 64))))
+    with op._slots_lock, slot._lock:
+        child = os.fork()
+        if not child:
+            os._exit(int(op._slots_lock.locked() or slot._lock.locked()))
+    assert os.waitpid(child, 0)[1] == 0

@@ -190,8 +190,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `path` (and its folders) so that another process sees the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it is there only if something failed
 
 
 def _plain(name: str) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -248,6 +249,17 @@ def bind(spec: str, settings: Settings | None = None) -> Slot:
         with _slots_lock:
             slot = _slots.setdefault(spec, Slot(decode_spec(spec), settings or settings_module.current()))
     return slot
+
+
+def _renew_locks() -> None:
+    """A forked child has no thread that would release a lock that was held at the fork."""
+    global _slots_lock
+    _slots_lock = threading.Lock()
+    for slot in _slots.values():
+        slot._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def slots() -> list[Slot]:
