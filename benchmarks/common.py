@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -260,10 +259,7 @@ def in_turns(calls: Mapping[str, Sequence[Callable[[], Any]]], device: str, quic
     for subject in subjects:
         subject.sample()
         subject.samples.clear()
-    order = random.Random(0)
-    while not all(len(s.samples) >= 9 if quick else s.enough for s in subjects):
-        for subject in order.sample(subjects, len(subjects)):  # whoever always followed eager would be measured slower
-            subject.sample()
+    timing.take_turns(subjects, lambda: all(len(s.samples) >= 9 if quick else s.enough for s in subjects))
     return {s.name: Timing(s.median, s.spread, tuple(s.samples)) for s in subjects}
 
 

@@ -199,11 +199,7 @@ class Stopwatch:
         """
         with precision(self._task.numerics):
             subjects = [self._subject("", self._calls_in_scratch(run, specs)) for run, specs in candidates]
-            order = random.Random(0)
-            for _ in range(FEWEST_SAMPLES):
-                for subject in order.sample(subjects, len(subjects)):
-                    self._renew()
-                    subject.sample()
+            take_turns(subjects, lambda: len(subjects[-1].samples) >= FEWEST_SAMPLES, self._renew)
         turns = [statistics.median(turn) for turn in zip(*(s.samples for s in subjects), strict=True)]
         return [statistics.median(paired(s.samples, turns)) for s in subjects]
 
@@ -235,11 +231,7 @@ class Stopwatch:
             for subject in turns:  # warm up
                 subject.sample()
                 subject.samples.clear()
-            order = random.Random(0)
-            while not (all(s.enough for s in turns) or (brief and is_clear(kernel, baselines))):
-                for subject in order.sample(turns, len(turns)):
-                    self._renew()
-                    subject.sample()
+            take_turns(turns, lambda: all(s.enough for s in turns) or (brief and is_clear(kernel, baselines)), self._renew)
             mismatch = self._mismatch(kernel, checked)
         times = tuple((s.name, s.median) for s in baselines)
         turns_of = {s.name: paired(s.samples, kernel.samples) for s in baselines}
@@ -296,6 +288,23 @@ class Stopwatch:
                 if not agree(timed, right):
                     return f"output {spec.name} of a timed call differs from that of a checked call on the same data"
         return None
+
+
+def take_turns(
+    subjects: Sequence[Subject], done: Callable[[], bool], before: Callable[[], None] = lambda: None
+) -> None:
+    """Sample every subject once per turn, in random order (whoever always followed eager would be measured slower).
+
+    Args:
+        subjects: Warm.
+        done: Asked before each turn.
+        before: Called before each sample, outside the clock.
+    """
+    order = random.Random(0)
+    while not done():
+        for subject in order.sample(subjects, len(subjects)):
+            before()
+            subject.sample()
 
 
 def is_clear(kernel: Subject, baselines: Sequence[Subject]) -> bool:
