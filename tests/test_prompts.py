@@ -54,6 +54,14 @@ class TestWhatTheModelIsTold:
         assert "| `x` | input | float32 | [4096, 8192] | [8192, 1] | contiguous, 128 MiB |" in request
         assert "`eps` = 1e-05" in request
 
+    def test_what_an_operator_computes_that_has_no_other_spelling(self) -> None:
+        arguments = ({"v": "grad_y"}, {"v": "y"}, -1, {"dtype": "float32"})
+        names = [tasks.contiguous(name, "float32", (4, 8)) for name in ("grad_y", "y", "grad_x")]
+        task = Task("softmax_backward", (Node("n0", "aten._softmax_backward_data.default", arguments),), tuple(names[:2]),
+                    (names[2],), ("n0",), (), tasks.relu_add_task().numerics, "cpu")  # fmt: skip
+        assert "return p - output * p.sum(dim, True)" in first_ideas(goal(task=task))[1]
+        assert "What the calls of" not in first_ideas(h100())[1]
+
     def test_the_processor_is_described_in_its_own_terms(self) -> None:
         _, request = first_ideas(goal(facts={**FACTS, "sms": 2, "max_threads_per_sm": 1}, ceilings=CEILINGS))
         assert "threads (cores that may be used): 2" in request and "multiprocessor" not in request and "TF32" not in request

@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from torch_llmkernels.evaluation import Evaluation, KernelResources
+from torch_llmkernels.search.formulas import formulas_of
 from torch_llmkernels.search.ideas import FAMILIES
 from torch_llmkernels.search.run import Goal
 from torch_llmkernels.search.tree import Candidate, IdeaNode, Prompt, Tree, place
@@ -134,13 +135,16 @@ def task_section(task: Task) -> str:
     """The reference program, every tensor, the parameters and the numerics policy."""
     from torch_llmkernels.program import python_source
 
+    source = python_source(task)
     lines = [
         f"Signature (for `implements`): `{_cell(task.signature)}`",
         "",
         "Reference, as PyTorch:",
-        fence(python_source(task), "python"),
+        fence(_without_comments(source), "python"),
         "",
     ]
+    if formulas := formulas_of(task, source):
+        lines += [_FORMULAS, fence("\n".join(formulas), "python"), ""]
     lines += ["| tensor | role | dtype | shape | stride (elements) | notes |", "|---|---|---|---|---|---|"]
     lines += [_tensor_row(t, "input", t.name in task.constant) for t in task.inputs]
     lines += [_tensor_row(t, "output", False) for t in task.outputs]
@@ -151,6 +155,17 @@ def task_section(task: Task) -> str:
         lines += ["", f"Dynamic sizes, which change from call to call and so may never be compile-time constants: {named}"]
     lines += ["", _numerics(task)]
     return "\n".join(lines)
+
+
+def _without_comments(source: str) -> str:
+    """The program without its descriptions of tensors and sizes: the table below it has them."""
+    return "\n".join(line for line in source.splitlines() if not line.startswith("    # "))
+
+
+_FORMULAS = (
+    "What the calls of `torch.ops` compute. Eager computes half precision in float32 and rounds each result once, unless a "
+    "comment says otherwise; saved statistics are read as they are, in the dtype that the table gives:"
+)
 
 
 def notes_section(goal: Goal) -> str:
