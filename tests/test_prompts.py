@@ -130,6 +130,11 @@ class TestWhatTheModelIsTold:
         row = next(line for line in first_ideas(goal(task=task))[1].splitlines() if line.startswith("| `b`"))
         assert "not row-major" in row and "constant" in row
 
+    def test_the_rules_of_tensor_cores_where_the_program_has_products(self) -> None:
+        product = dataclasses.replace(tasks.matmul_task(), device="cuda")
+        assert "ptxas serialises the wgmmas" in first_ideas(h100(task=product))[0]
+        assert "ptxas serialises the wgmmas" not in first_ideas(h100())[0]
+
     def test_the_numerics_policy(self) -> None:
         policy = dataclasses.replace(tasks.matmul_task().numerics, matmul="tf32", deterministic=True)
         _, request = first_ideas(goal(task=dataclasses.replace(tasks.matmul_task(), numerics=policy)))
@@ -248,7 +253,8 @@ class TestNothingGoesStale:
 
     def test_every_prompt_file_is_used_and_has_no_unknown_placeholder(self) -> None:
         folder = resources.files("torch_llmkernels.search") / "prompts"
-        used = {"ideas.md", "candidate.md", "repair.md", "rules.md", "format.md", "target_cuda.md", "target_cpu.md"}
+        used = {"ideas.md", "candidate.md", "repair.md", "rules.md", "format.md", "target_cuda.md", "target_cpu.md",
+                "target_cuda_products.md"}  # fmt: skip
         assert {p.name for p in folder.iterdir() if p.name.endswith(".md")} == used
 
     def test_an_unknown_placeholder_is_an_error(self) -> None:

@@ -86,8 +86,9 @@ def example(target: str) -> str:
 
 def _render(name: str, goal: Goal, tree: Tree, **values: Any) -> tuple[str, str]:
     target = goal.task.device
+    products = _file("target_cuda_products.md") if _has_products(goal.task) else ""
     parts = {
-        "target": _file(f"target_{target}.md"),
+        "target": fill(_file(f"target_{target}.md"), products=products),
         "example": fence(example(target), "cpp"),
         "prelude": fence(prelude(target), "cpp"),
         "tunings": MOST_TUNINGS,
@@ -195,10 +196,15 @@ _PRODUCTS = {
 }
 
 
+def _has_products(task: Task) -> bool:
+    """Whether the program multiplies matrices, so that tensor cores matter."""
+    return any(part in node.op for node in task.program for part in ("convolution", "mm", "attention"))
+
+
 def _numerics(task: Task) -> str:
     policy, lines = task.numerics, []
     conv = any("convolution" in node.op for node in task.program)
-    if conv or any(part in node.op for node in task.program for part in ("mm", "attention")):
+    if _has_products(task):
         lines.append(f"Numerics policy: {_PRODUCTS[policy.conv if conv else policy.matmul]}.")
         if policy.reduced_precision_reduction:
             lines.append("Half-precision products may accumulate in half precision.")
