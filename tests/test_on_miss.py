@@ -72,6 +72,22 @@ def test_a_miss_searches_and_swaps_what_was_found(knobs, tmp_path: Path) -> None
     store.close()
 
 
+def test_a_search_that_its_tokens_stopped_goes_on_with_more_of_them(knobs, tmp_path: Path) -> None:
+    """One reply is paid; the next, as it is estimated, would pass the first limit."""
+    facts, key = target_for("cpu").facts(), RecordKey.of(TASK, target_for("cpu").facts())
+    store = Store(tmp_path / "store")
+    assert on_miss.standing(TASK, store) == on_miss.Standing()
+    few = Settings().updated({**knobs, "on_miss": "search", "search_budget_tokens": 15_000})
+    assert on_miss.search(TASK, facts, key, store, few) is None
+    stopped = on_miss.standing(TASK, store)
+    assert stopped.tokens == 200 and "(max_tokens" in stopped.stop
+    assert on_miss.search(TASK, facts, key, store, few) is None and on_miss.standing(TASK, store) == stopped
+    more = few.updated({"search_budget_tokens": 100_000})
+    assert on_miss.search(TASK, facts, key, store, more) is not None
+    assert on_miss.standing(TASK, store).tokens > 200
+    store.close()
+
+
 def test_a_search_behind_leaves_its_winner_in_the_store(knobs, tmp_path: Path) -> None:
     settings = Settings().updated({**knobs, "on_miss": "background"})
     store = Store(tmp_path / "store")

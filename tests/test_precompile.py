@@ -21,7 +21,7 @@ from torch_llmkernels import graph_decision, plan, resolve, settings
 from torch_llmkernels.cache import bundle
 from torch_llmkernels.capture import Call, capture, capture_graphs
 from torch_llmkernels.cli import main
-from torch_llmkernels.errors import LLMKernelsError, SearchError
+from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
 from torch_llmkernels.evaluation import Evaluation, Record
 from torch_llmkernels.graph_decision import GraphDecision, graph_key
 from torch_llmkernels.kernels.targets import target_for
@@ -29,6 +29,7 @@ from torch_llmkernels.options import read_request
 from torch_llmkernels.plan import record_digest
 from torch_llmkernels.precompilation import precompile, run, whole_graph
 from torch_llmkernels.precompilation.whole_graph import Paired, Variants, measure
+from torch_llmkernels.search.on_miss import Standing
 
 KERNEL = Path(__file__).parent / "kernels" / "layer_norm.cpp"
 needs_compiler = pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
@@ -212,6 +213,74 @@ def test_with_a_provider_what_no_kernel_wins_is_searched(script: Evaluations, mo
     assert unserved and sorted(searched) == sorted((key, 7.0) for key in unserved)
     assert f"at most {1000 * len(planned.regions):,} tokens" in str(planned)
     assert not report.complete and len(report.swapped) == 2
+
+
+class Searches:
+    """Stands in for the searches: each pays `price` tokens for a reply, and finds nothing in three of them."""
+
+    def __init__(self, price: int) -> None:
+        self.price, self.paid = price, {}
+
+    def standing(self, task: Any, store: Any) -> Standing:
+        tokens, stop = self.paid.get(task.key, (0, ""))
+        return Standing(tokens, 1.0, stop)
+
+    def search(self, task: Any, facts: Any, key: Any, store: Any, knobs: Any) -> None:
+        tokens, stop = self.paid.get(task.key, (0, ""))[0], "rounds: all are done"
+        while tokens < 3 * self.price:
+            if tokens + self.price > knobs.search_budget_tokens:
+                stop = "budget: the next request could pass the limit (max_tokens; ...)"
+                break
+            tokens += self.price
+        self.paid[task.key] = tokens, stop
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Searches]:
+    """Scripted searches of 3,000 tokens each, of which one may use 5,000."""
+    found = Searches(1000)
+    monkeypatch.setattr("torch_llmkernels.search.on_miss.search", found.search)
+    monkeypatch.setattr("torch_llmkernels.search.on_miss.standing", found.standing)
+    with settings.override(provider="replay:nowhere", search_budget_tokens=5000):
+        yield found
+
+
+class Unserved(nn.Module):
+    """Three regions that the script's library has no kernel for."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.softmax(x, -1), torch.softmax(x[:, :16], -1), torch.softmax(x[:, :8], -1)
+
+
+@needs_compiler
+def test_the_searches_of_a_call_share_its_tokens_and_the_next_call_goes_on(script: Evaluations, searches: Searches) -> None:
+    model, x = Unserved(), torch.randn(4, 32)
+    first = precompile(model, (x,), budget_tokens=4500)
+    assert first.tokens == 4000 and not first.complete
+    assert [tokens for tokens, _ in searches.paid.values()] == [3000, 1000]  # the third was not begun
+    kept = [str(region.note) for region in first.regions if region.is_open]
+    assert kept == ["the 4,500 tokens of this precompilation are spent (budget_tokens)"] * 2
+    assert "kept Inductor, still to search: the 4,500 tokens" in str(first)
+    assert "searches used 4,000 of 4,500 tokens" in str(first) and "run it again" in str(first)
+    second = precompile(model, (x,), budget_tokens=10_000)
+    assert second.tokens == 5000 and second.complete
+    assert [tokens for tokens, _ in searches.paid.values()] == [3000, 3000, 3000]
+
+
+@needs_compiler
+def test_a_dry_run_estimates_no_more_tokens_than_the_call_may_use(script: Evaluations, searches: Searches) -> None:
+    model, x = Unserved(), torch.randn(4, 32)
+    assert "at most 15,000 tokens\n" in str(precompile(model, (x,), dry_run=True)) + "\n"
+    assert "at most 4,500 tokens (budget_tokens)" in str(precompile(model, (x,), dry_run=True, budget_tokens=4500))
+    assert not searches.paid
+
+
+@needs_compiler
+def test_without_tokens_what_is_there_is_verified_and_nothing_is_searched(script: Evaluations, searches: Searches) -> None:
+    report = precompile(Norms().eval(), (torch.randn(4, 32),), budget_tokens=0)
+    assert len(report.swapped) == 2 and not searches.paid and not report.complete
+    with pytest.raises(SettingsError, match="budget_tokens must not be negative"):
+        precompile(Unserved(), (torch.randn(4, 32),), budget_tokens=-1)
 
 
 def test_a_model_without_regions_is_said_to_have_none(script: Evaluations) -> None:

@@ -33,6 +33,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--mode", help="the mode torch.compile will be given, such as reduce-overhead")
     parser.add_argument("--budget-s", type=float, default=900.0, metavar="N", help="seconds to spend (default: %(default)s)")
+    parser.add_argument(
+        "--budget-tokens", type=int, metavar="N",
+        help="tokens that all searches of this call may use together (default: no limit but each one's own)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the plan with an estimate, and verify nothing")
     parser.add_argument("--export", metavar="FILE", help="write the winners to a bundle, usually *.llmk")
     parser.set_defaults(run=run)
@@ -54,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
             dynamic_dims=dynamic_dims(args.dynamic),
             mode=args.mode,
             budget=args.budget_s,
+            budget_tokens=args.budget_tokens,
             dry_run=args.dry_run,
             export=args.export,
         )

@@ -27,16 +27,18 @@ from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, check_devices, untouched
 from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
-from torch_llmkernels.evaluation import Record
+from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
 from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import build, target_for
 from torch_llmkernels.plan import record_digest
+from torch_llmkernels.precompilation.budget import Budget
 from torch_llmkernels.precompilation.table import bar, text
 from torch_llmkernels.precompilation.whole_graph import measure, median_ms, step_of
 from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, plan_regions, unverified
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
+from torch_llmkernels.task import Task
 
 log = logging.getLogger("torch_llmkernels.precompile")
 
@@ -58,6 +60,8 @@ class PrecompileReport:
         complete: Whether everything was decided within the budget.
         dry_run: Whether nothing was decided.
         exported: The bundle that was written, or None.
+        tokens: What its searches paid, in and out.
+        budget_tokens: What they were allowed together; None: no limit.
     """
 
     regions: tuple[PlannedRegion, ...]
@@ -69,6 +73,8 @@ class PrecompileReport:
     complete: bool
     dry_run: bool = False
     exported: Path | None = None
+    tokens: int = 0
+    budget_tokens: int | None = None
 
     @property
     def winners(self) -> dict[str, Record]:
@@ -97,6 +103,7 @@ def precompile(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     budget: float = 900.0,
+    budget_tokens: int | None = None,
     dry_run: bool = False,
     export: str | Path | None = None,
     progress: bool = True,
@@ -116,16 +123,20 @@ def precompile(
         mode: As in `torch.compile`; decide for the mode you will use, graph replay changes what is fast.
         options: As in `torch.compile`, ours and Inductor's.
         budget: Seconds. What does not fit stays with Inductor and is taken up by the next precompilation.
+        budget_tokens: Tokens, in and out, that the searches of this call may use together (each one's own limits hold besides);
+            None: no such limit, 0: no search. What does not fit is treated as with `budget`.
         dry_run: Plan and estimate only.
         export: Write the winners to this file (`*.llmk`), for `llmkernels cache import`.
         progress: Show a progress bar on a terminal.
 
     Raises:
         LLMKernelsError: for arguments on another device than the model, and for a place that `export` cannot be written to.
-        SettingsError: for an unknown mode or option, or both at once.
+        SettingsError: for an unknown mode or option, or both at once, and for negative tokens.
     """
     if mode and options:
         raise SettingsError("torch.compile takes mode= or options=, not both; write the mode's options out")
+    if budget_tokens is not None and budget_tokens < 0:
+        raise SettingsError(f"budget_tokens must not be negative, not {budget_tokens}")
     begin = time.monotonic()
     settings = knobs.current().updated(_ours(options))
     calls = [Call(tuple(a), kwargs or {}, dynamic_dims or {}) for a in (args, *more_inputs)]
@@ -137,10 +148,13 @@ def precompile(
     graphs = capture_graphs(model, calls, training=training, mode=mode, options=options)
     regions = plan_regions(graphs, model_ms, settings)
     skipped = tuple((s.signature, s.reason) for graph in graphs for s in graph.skipped)
-    report = PrecompileReport(tuple(regions), (), len(graphs), skipped, model_ms, 0.0, False, dry_run)
+    report = PrecompileReport(
+        tuple(regions), (), len(graphs), skipped, model_ms, 0.0, False, dry_run, budget_tokens=budget_tokens
+    )  # fmt: skip
     if dry_run:
         return dataclasses.replace(report, seconds=time.monotonic() - begin)
-    regions = decide(regions, settings, begin + budget * (1 - GRAPH_SHARE), progress)
+    spending = Budget(begin + budget * (1 - GRAPH_SHARE), budget_tokens)
+    regions = decide(regions, settings, spending, progress)
     compile_options = {"mode": mode, "options": dict(options) if options else None}
     left = max(budget - (time.monotonic() - begin), 1.0)
     decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
@@ -154,6 +168,7 @@ def precompile(
         seconds=time.monotonic() - begin,
         complete=complete,
         exported=exported,
+        tokens=spending.used,
     )
 
 
@@ -190,34 +205,63 @@ def _device(model: Any, calls: Sequence[Call]) -> str:
     return "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
 
 
-def decide(regions: Sequence[PlannedRegion], settings: Settings, deadline: float, progress: bool = False) -> list[PlannedRegion]:
-    """Verify, tune and search, in this order of regions, until `deadline` (`time.monotonic`); what is left stays open."""
+def decide(regions: Sequence[PlannedRegion], settings: Settings, budget: Budget, progress: bool = False) -> list[PlannedRegion]:
+    """Verify, tune and search, in this order of regions, as far as `budget` goes; what is left stays open."""
     decided = []
     with bar(len(regions), progress) as advance:
         for region in regions:
             advance(f"{region.task.signature} {region.task.key[:8]}")
-            decided.append(_decide(region, settings, deadline - time.monotonic()))
+            decided.append(_decide(region, settings, budget))
     return decided
 
 
-def _decide(region: PlannedRegion, settings: Settings, left_s: float) -> PlannedRegion:
-    if region.state == "unavailable" or (region.is_open and left_s <= 0):
+def _decide(region: PlannedRegion, settings: Settings, budget: Budget) -> PlannedRegion:
+    if region.state == "unavailable" or (region.is_open and not budget.seconds_left):
         return region
-    changes: dict[str, Any] = {"verify_budget_s": max(left_s, 0.0)}
-    if settings.provider and region.is_open:
-        changes |= {"on_miss": "search", "search_budget_s": min(settings.search_budget_s, left_s)}
-    resolver = Resolver(settings.updated(changes))
+    searchable = bool(settings.provider) and region.is_open
+    if region.state == "search" and (note := budget.refusal()):
+        return _left_open(region, note)
+    settings = settings.updated({"verify_budget_s": budget.seconds_left, **({"on_miss": "fallback"} if searchable else {})})
+    resolver = Resolver(settings)
     try:
         decision = resolver.decide(region.task)
+        note = budget.refusal() if searchable else ""
+        if searchable and decision.record is None and not note:
+            decision, note = _search(region.task, settings, budget)
     except SearchError as error:  # one region's search must not cost the others theirs
-        log.warning("%s %s stays open: %s", region.task.signature, region.task.key, error)
-        return region
+        return _left_open(region, str(error))
+    return _decided(region, resolver, decision, note)
+
+
+def _search(task: Task, settings: Settings, budget: Budget) -> tuple[Decision, str]:
+    """Search for a task that nothing wins, with what is left: the decision, and why the search is open still, if it is."""
+    from torch_llmkernels.search.on_miss import standing
+
+    store = open_store(settings)
+    before = standing(task, store)
+    knobs = budget.search_knobs(before, settings)
+    try:
+        decision = Resolver(settings.updated(knobs)).decide(task)
+    finally:
+        note = budget.book(before, standing(task, store), settings, knobs)
+    return decision, note
+
+
+def _left_open(region: PlannedRegion, note: str) -> PlannedRegion:
+    log.warning("%s %s stays open: %s", region.task.signature, region.task.key, note)
+    return dataclasses.replace(region, note=note)
+
+
+def _decided(region: PlannedRegion, resolver: Resolver, decision: Decision, note: str) -> PlannedRegion:
+    """The region with what is known now; `note`: why a search for it is still to come, or empty."""
     facts = target_for(region.task.device).facts()
     unfinished = unverified(resolver, region.task, facts, resolver.store.decision(RecordKey.of(region.task, facts)))
-    state = "unverified" if unfinished else "miss" if region.state == "miss" else "decided"
+    to_search = bool(note) and decision.record is None
+    state = "unverified" if unfinished else "search" if to_search else "miss" if region.state == "miss" else "decided"
     region_ms = best_baseline_ms(decision) or region.region_ms
     share = min(1.0, region.share * region_ms / region.region_ms) if region.region_ms else region.share
-    return dataclasses.replace(region, decision=decision, state=state, region_ms=region_ms, share=share)
+    found = dataclasses.replace(region, decision=decision, state=state, region_ms=region_ms, share=share)
+    return _left_open(found, note) if to_search else found
 
 
 def winners(regions: Iterable[PlannedRegion]) -> dict[str, Record]:

@@ -74,7 +74,8 @@ def outcome(region: PlannedRegion, report: PrecompileReport) -> str:
     """What happens to a region, in one line."""
     if region.is_open:
         what = "search" if region.state == "search" else "verify"
-        return f"{'will' if report.dry_run else 'still to'} {what}: about {region.seconds:.0f} s{_tokens(region.tokens)}"
+        estimate = f"about {region.seconds:.0f} s{_tokens(region.tokens)}"
+        return f"will {what}: {estimate}" if report.dry_run else f"kept Inductor, still to {what}: {region.note or estimate}"
     if region.task.key in report.winners and region.task.key not in report.swapped:
         return "kept Inductor: the kernel wins alone, the whole model gains nothing"
     if region.decision is None:
@@ -93,8 +94,13 @@ def summary(report: PrecompileReport) -> list[str]:
     still_open = [region for region in report.regions if region.is_open]
     if report.dry_run:
         seconds, tokens = sum(r.seconds for r in still_open), sum(r.tokens for r in still_open)
-        return [*lines, f"to decide: {len(still_open)} regions, about {seconds:.0f} s{_tokens(tokens)}"]
+        capped = report.budget_tokens is not None and tokens > report.budget_tokens
+        most = f", at most {report.budget_tokens:,} tokens (budget_tokens)" if capped else _tokens(tokens)
+        return [*lines, f"to decide: {len(still_open)} regions, about {seconds:.0f} s{most}"]
     lines += graph_lines(report)
+    if report.tokens:
+        limit = "" if report.budget_tokens is None else f" of {report.budget_tokens:,}"
+        lines.append(f"searches used {report.tokens:,}{limit} tokens")
     if still_open:
         lines.append(f"the budget ended before {len(still_open)} regions; run it again to go on where it stopped")
     if report.exported:

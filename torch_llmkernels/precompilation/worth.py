@@ -49,6 +49,7 @@ class PlannedRegion:
         seconds: Estimate of what deciding it takes.
         tokens: Estimate of what a search for it uses.
         decision: What is known now.
+        note: Why it was left open, if it was.
     """
 
     task: Task
@@ -61,6 +62,7 @@ class PlannedRegion:
     seconds: float = 0.0
     tokens: int = 0
     decision: Decision | None = None
+    note: str = ""
 
     @property
     def headroom(self) -> float:

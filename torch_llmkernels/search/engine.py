@@ -275,7 +275,7 @@ def run_search(
 
     Args:
         task: What the kernel must compute.
-        settings: The numbers.
+        settings: The numbers. A search that is gone on with keeps its own, but for the limits of tokens and seconds.
         provider: Answers prompts.
         pool: Evaluates candidates on this machine.
         facts: `DeviceFacts` as plain JSON.
@@ -288,9 +288,18 @@ def run_search(
     """
     goal = Goal(task, settings, dict(facts), dict(ceilings or {}), dict(floor or {}), bank, neighbours)
     run = open_run(directory, goal)
+    _limit(run, settings)
     engine = Engine(run, provider=provider, pool=pool, check=check, progress=progress)
     engine.drive()
     return result(run)
+
+
+def _limit(run: Run, settings: SearchSettings) -> None:
+    """Apply the limits of whoever goes on with a search; one that stopped at its old ones is open again."""
+    limits = {name: getattr(settings, name) for name in ("max_tokens", "max_seconds")}
+    changed = any(getattr(run.goal.settings, name) != value for name, value in limits.items())
+    if changed and (not run.tree.stop or run.tree.stop.startswith("budget")):
+        extend(run, limits)
 
 
 def open_run(directory: Path, goal: Goal | None = None) -> Run:

@@ -23,10 +23,11 @@ from torch_llmkernels.cache.store import BaseStore, open_store
 from torch_llmkernels.errors import SearchError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.kernels.device import DeviceFacts
-from torch_llmkernels.search import budget, progress
+from torch_llmkernels.search import budget, journal, progress
 from torch_llmkernels.search.commands import bank
 from torch_llmkernels.search.engine import run_search
 from torch_llmkernels.search.llm import provider_for
+from torch_llmkernels.search.tree import Tree
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
 
@@ -51,7 +52,7 @@ def search(task: Task, facts: DeviceFacts, key: RecordKey, store: BaseStore, set
     if store.directory is None:
         log.warning("%s %s: no search without a store directory", task.signature, task.key)
         return None
-    folder = store.directory / "searches" / f"{task.signature}-{task.key}"
+    folder = _folder(task, store.directory)
     provider_for(settings.provider, folder, models=settings.model, base_url=settings.base_url, api_key_env=settings.api_key_env)
     if settings.on_miss == "background":
         _start_behind(task, settings)
@@ -61,6 +62,39 @@ def search(task: Task, facts: DeviceFacts, key: RecordKey, store: BaseStore, set
             log.info("%s %s: another process is searching", task.signature, task.key)
             return None
         return _search_now(task, facts, folder, settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """How far the search for a task got, over all the processes that ran it.
+
+    Attributes:
+        tokens: In and out, paid so far.
+        seconds: That it ran.
+        stop: Why it stopped; empty while it is open, and if there was none.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    stop: str = ""
+
+
+def standing(task: Task, store: BaseStore) -> Standing:
+    """What the journal of the search for `task` says.
+
+    Raises:
+        SchemaError: if it is damaged.
+    """
+    path = _folder(task, store.directory) / "journal.jsonl" if store.directory else None
+    if path is None or not path.exists():
+        return Standing()
+    events = journal.read(path)
+    tree = Tree(budget.SearchSettings(), events)
+    return Standing(tree.spent.tokens, events[-1]["clock"] if events else 0.0, tree.stop)
+
+
+def _folder(task: Task, directory: Path) -> Path:
+    return directory / "searches" / f"{task.signature}-{task.key}"
 
 
 def _search_now(task: Task, facts: DeviceFacts, folder: Path, settings: Settings) -> Record | None:
