@@ -181,11 +181,24 @@ def _reargued(number: int, node: Node, changes: Mapping[Slot, int]) -> Node:
 
 
 def _derived(node: Node, shapes: Mapping[str, tuple[Any, ...]]) -> Node:
-    """The call with the literals that repeat its input's shape: group norm is told N, C and H * W."""
-    if not node.op.startswith("aten.native_group_norm.") or node.args[0]["v"] not in shapes:
+    """The call with the literals that repeat its input's shape: group norm and its backward are told N, C and H * W."""
+    if "attention_backward" in node.op:
+        return _with_lengths(node, shapes)
+    tensors = {"aten.native_group_norm.default": (0, 3), "aten.native_group_norm_backward.default": (1, 5)}.get(node.op)
+    if tensors is None or node.args[tensors[0]]["v"] not in shapes:
         return node
-    batch, channels, *image = shapes[node.args[0]["v"]]
-    return dataclasses.replace(node, args=(*node.args[:3], batch, channels, math.prod(image), *node.args[6:]))
+    batch, channels, *image = shapes[node.args[tensors[0]]["v"]]
+    first = tensors[1]
+    return dataclasses.replace(node, args=(*node.args[:first], batch, channels, math.prod(image), *node.args[first + 3 :]))
+
+
+def _with_lengths(node: Node, shapes: Mapping[str, tuple[Any, ...]]) -> Node:
+    """An attention's backward with the numbers of queries and keys that it is told beside its tensors."""
+    given = dict(zip([a.name for a in operator_of(node.op)._schema.arguments], node.args, strict=False))
+    for length, of in (("max_q", "query"), ("max_k", "key")):
+        if length in given and given[of]["v"] in shapes:
+            given[length] = shapes[given[of]["v"]][2]
+    return dataclasses.replace(node, args=tuple(given.values()))
 
 
 def _resized(spec: TensorSpec, shape: list[int]) -> TensorSpec:
