@@ -271,7 +271,7 @@ class Decision:
     Attributes:
         record: The kernel to swap in, or None to keep Inductor.
         reason: One line: `swapped: 1.84x the best baseline`, `kept Inductor: no kernel implements rms_norm on cpu`, ...
-        tried: Every kernel that was considered: its name and its evaluation.
+        tried: Every kernel that was considered: its name and its evaluation; several of one that timed out or crashed repeatedly.
     """
 
     record: Record | None

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch_llmkernels.cache.key import RecordKey
@@ -36,6 +37,10 @@ log = logging.getLogger("torch_llmkernels.resolve")
 
 COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 """Processes that compile beside the measuring; each compiles several constants of a kernel at a time."""
+
+TRIES = {Status.TIMEOUT: 3, Status.CRASHED: 2}
+"""How often a kernel may end in a way that a busy machine can cause, before that is remembered for good: once in a process at
+most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
 
 
 def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
@@ -58,10 +63,13 @@ class Resolver:
         settings: The knobs in force.
         library: Kernels to consider; default: the shipped library or `library_dir`.
         store: Where decisions persist; default: the user's store.
+        offline: Whether nobody waits for the outcome: see `TRIES`.
     """
 
-    def __init__(self, settings: Settings, library: Library | None = None, store: BaseStore | None = None) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, library: Library | None = None, store: BaseStore | None = None, offline: bool = False
+    ) -> None:
+        self.settings, self.offline = settings, offline
         self.library = library or default_library(settings)
         self.store = store or open_store(settings)
         self.deadline = time.monotonic() + settings.verify_budget_s
@@ -138,7 +146,8 @@ class Resolver:
     def unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
         """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first."""
         need_time = self.settings.swap == "fastest"
-        settled = {name for name, e in known.tried if e.status.is_correct is False or e.time_ms or not need_time}
+        answered = {name for name, e in known.tried if not e.status.is_correct or e.time_ms or not need_time}
+        settled = {name for name in answered if not self._may_try_again(name, task, facts, known)}
         found: dict[str, tuple[Kernel, Record | None]] = {}
         plain = dataclasses.replace(task, constant=())  # a record of the same task without constants knows a kernel for it too
         record = self.library.record(task.key, facts.kind) or self.library.record(plain.key, facts.kind)
@@ -157,6 +166,13 @@ class Resolver:
         self.excluded = {kernel.name: reason for kernel, _ in found.values() if (reason := kernel.why_not(task))}
         return [pair for name, pair in found.items() if name not in settled and pair[0].name not in self.excluded]
 
+    def _may_try_again(self, label: str, task: Task, facts: DeviceFacts, known: Decision) -> bool:
+        """Whether a kernel timed out or crashed, and has tries left in this process: see `TRIES`."""
+        status, times = last_outcome(known, label)
+        if times >= TRIES.get(status, 0) or (status is Status.CRASHED and not self.offline):
+            return False
+        return (self.store.directory, RecordKey.of(task, facts).text, label) not in _failed_here
+
     def _verify(
         self, task: Task, facts: DeviceFacts, key: RecordKey, candidates: Iterable[tuple[Kernel, Record | None]], known: Decision
     ) -> Decision:
@@ -173,6 +189,8 @@ class Resolver:
                     break
                 evaluation = evaluate(task, kernel, record, self.settings, self.binaries)
                 log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
+                if evaluation.status in TRIES:
+                    _failed_here.add((self.store.directory, key.text, kernel.label))
                 known = merge(known, task, kernel, evaluation, facts, origin=record.origin if record else "library")
                 self.store.put_decision(key, known)
         if known.record is not None:
@@ -203,14 +221,21 @@ class Resolver:
 
 def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:
     """`known` with one more evaluation; the record is the fastest correct kernel so far (relative to its baselines), if not yet
-    a winner."""
-    tried = (*((n, e) for n, e in known.tried if n != kernel.label), (kernel.label, evaluation))
+    a winner. Earlier tries that ended in the same way (`TRIES`) stay, to be counted."""
+    again = evaluation.status if evaluation.status in TRIES else None
+    tried = (*((n, e) for n, e in known.tried if n != kernel.label or e.status is again), (kernel.label, evaluation))
     record = known.record
     if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
         record = None  # its evidence is being replaced
     if evaluation.status.is_correct and (record is None or evaluation.relative_time < record.evaluation.relative_time):
         record = Record(task, kernel.name, kernel.text, evaluation.constants, facts.kind, evaluation, origin)
     return Decision(record, known.reason, tried)
+
+
+def last_outcome(known: Decision, label: str) -> tuple[Status, int]:
+    """How the last evaluation of a kernel that was tried ended, and how many of its evaluations ended so."""
+    outcomes = [evaluation.status for name, evaluation in known.tried if name == label]
+    return outcomes[-1], outcomes.count(outcomes[-1])
 
 
 def choose(known: Decision, task: Task, settings: Settings) -> Decision:
@@ -238,11 +263,16 @@ def _why_nothing(known: Decision, task: Task) -> str:
     if known.reason.startswith("kept Inductor"):
         return known.reason
     if known.tried:
-        outcomes = ", ".join(f"{name} {e.status}" for name, e in known.tried)
-        by_chance = any(e.status in (Status.TIMEOUT, Status.CRASHED) for _, e in known.tried)  # as a busy machine can make them
+        outcomes = {name: last_outcome(known, name) for name, _ in known.tried}
+        said = ", ".join(f"{name} {_in_words(*outcome)}" for name, outcome in outcomes.items())
+        by_chance = any(status in TRIES for status, _ in outcomes.values())
         remedy = f"; to try them again: llmkernels cache rm {task.key}" if by_chance else ""
-        return f"kept Inductor: no kernel passed on this device ({outcomes}){remedy}"
+        return f"kept Inductor: no kernel passed on this device ({said}){remedy}"
     return f"kept Inductor: no kernel implements {task.signature} for this task on {task.device}"
+
+
+def _in_words(status: Status, times: int) -> str:
+    return f"{status}, try {times} of {TRIES[status]}" if status in TRIES else str(status)
 
 
 def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "") -> Evaluation:
@@ -267,6 +297,9 @@ def _compile_all(compiler: Any, jobs: queue.SimpleQueue[Job], ended: threading.E
         while not ended.is_set():
             compiler.compile(jobs.get_nowait())
 
+
+_failed_here: set[tuple[Path | None, str, str]] = set()
+"""Kernels that this process will not try again, whatever `TRIES` allows: the store's directory, the decision's key, the label."""
 
 _workers: dict[tuple[str, float, str], Any] = {}
 _worker_lock = threading.Lock()

@@ -222,7 +222,7 @@ def _decide(region: PlannedRegion, settings: Settings, budget: Budget) -> Planne
     if region.state == "search" and (note := budget.refusal()):
         return _left_open(region, note)
     settings = settings.updated({"verify_budget_s": budget.seconds_left, **({"on_miss": "fallback"} if searchable else {})})
-    resolver = Resolver(settings)
+    resolver = Resolver(settings, offline=True)
     try:
         decision = resolver.decide(region.task)
         note = budget.refusal() if searchable else ""

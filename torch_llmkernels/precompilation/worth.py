@@ -84,7 +84,7 @@ def plan_regions(graphs: Iterable[CapturedGraph], model_ms: float, settings: Set
     """Every distinct task of the graphs, those worth most first."""
     tasks = [task for graph in graphs for task in graph.tasks]
     counts = Counter(task.key for task in tasks)
-    resolver = Resolver(settings)
+    resolver = Resolver(settings, offline=True)
     planned = [_planned(task, counts[task.key], model_ms, resolver) for task in {t.key: t for t in tasks}.values()]
     return sorted(planned, key=lambda region: -region.worth)
 
