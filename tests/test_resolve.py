@@ -246,6 +246,30 @@ def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(
     assert sorted(key for key, _, baseline in found if baseline) == sorted([TASK.key, other.key])
 
 
+def join_ahead() -> None:
+    """Wait for the threads that compile ahead."""
+    for thread in [thread for thread in threading.enumerate() if thread.name == "llmkernels-ahead"]:
+        thread.join(timeout=60)
+
+
+def test_nothing_is_started_ahead_where_every_decision_is_known(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, _ = setup
+    started: list[list[str]] = []
+    monkeypatch.setattr(resolve, "AHEAD", {"cpu"})
+    monkeypatch.setattr(
+        resolve.Resolver, "_compile_ahead", lambda self, tasks, folder, ended: started.append([t.key for t in tasks])
+    )
+    resolver = make()
+    tasks = [TASK, layer_norm_task(16, 64)]
+    monkeypatch.setattr(resolve, "Resolver", lambda settings: resolver)
+    resolve.resolve(tasks, Settings())
+    join_ahead()
+    assert started == [[task.key for task in tasks]]
+    resolve.resolve(tasks, Settings())
+    join_ahead()
+    assert len(started) == 1
+
+
 def test_the_measured_code_goes_into_the_store(setup, monkeypatch: pytest.MonkeyPatch) -> None:
     make, script = setup
 

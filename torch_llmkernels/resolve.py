@@ -38,6 +38,9 @@ log = logging.getLogger("torch_llmkernels.resolve")
 COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 """Processes that compile beside the measuring; each compiles several constants of a kernel at a time."""
 
+AHEAD = frozenset({"cuda"})
+"""Devices whose kernels are compiled ahead. On the CPU that would disturb the measuring."""
+
 TRIES = {Status.TIMEOUT: 3, Status.CRASHED: 2}
 """How often a kernel may end in a way that a busy machine can cause, before that is remembered for good: once in a process at
 most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
@@ -74,6 +77,7 @@ class Resolver:
         self.store = store or open_store(settings)
         self.deadline = time.monotonic() + settings.verify_budget_s
         self._binaries: tempfile.TemporaryDirectory[str] | None = None  # code that is shared with the worker processes
+        self._ahead: tuple[Sequence[Task], threading.Event] | None = None  # what to compile ahead once something is verified
         self.excluded: dict[str, str] = {}  # kernels of the signature that cannot serve the last task, and why
 
     def decide(self, task: Task) -> Decision:
@@ -92,6 +96,7 @@ class Resolver:
         known = self.store.decision(key) or Decision(None, "nothing verified yet")
         candidates = self.unverified(task, facts, known)
         if candidates:
+            self._start_ahead()
             known = self._verify(task, facts, key, candidates, known)
         decision = choose(known, task, self.settings)
         if decision.record is None and not decision.tried and self.excluded:
@@ -111,20 +116,26 @@ class Resolver:
     def compiling_ahead(self, tasks: Sequence[Task]) -> Iterator[None]:
         """While the GPU measures the kernels of one task, compile those of the next ones in processes beside it.
 
-        On the CPU compiling would disturb the measuring, so there it is done when a kernel's turn comes.
+        That begins with the first kernel that has to be verified: where every decision is known, there is nothing to compile.
         """
         ended = threading.Event()
-        if len(tasks) > 1 and all(task.device == "cuda" for task in tasks) and self.settings.swap != "none":
-            folder = self.binaries  # made before there are two threads
-            args = tasks, folder, ended
-            threading.Thread(target=self._compile_ahead, args=args, name="llmkernels-ahead", daemon=True).start()
+        if len(tasks) > 1 and AHEAD.issuperset(task.device for task in tasks):
+            self._ahead = tasks, ended
         try:
             yield
         finally:
+            self._ahead = None
             ended.set()
 
+    def _start_ahead(self) -> None:
+        """Start what `compiling_ahead` was asked for, once."""
+        if self._ahead is not None:
+            (tasks, ended), self._ahead = self._ahead, None
+            args = tasks, self.binaries, ended  # the folder is made before there are two threads
+            threading.Thread(target=self._compile_ahead, args=args, name="llmkernels-ahead", daemon=True).start()
+
     def _compile_ahead(self, tasks: Sequence[Task], folder: str, ended: threading.Event) -> None:
-        """The thread of `compiling_ahead`."""
+        """The thread of `_start_ahead`."""
         try:
             with using(self.settings):
                 target = target_for(tasks[0].device)
