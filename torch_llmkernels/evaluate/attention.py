@@ -47,12 +47,21 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of query, key, value and additive mask, from the forward's own `out` and `lse` [batch, heads, L].
 
-    Dao et al., 2022, algorithm 4. `kv_heads` equals `heads`.
+    Dao et al., 2022, algorithm 4. Where `heads` are more than `kv_heads`, the gradients of a group of heads add up.
     """
+    batch, heads, rows, _ = query.shape
+    if batch > 1 and batch * heads * rows * key.shape[2] > CHUNK_ELEMENTS:
+        one = [slice(i, i + 1) for i in range(batch)]
+        tensors = (grad, query, key, value, out, lse)
+        parts = [attention_backward(*(t[i] for t in tensors), _slice(mask, i), causal, scale) for i in one]
+        grad_q, grad_k, grad_v, grad_mask = (torch.cat(made) for made in zip(*parts, strict=True))
+        return grad_q, grad_k, grad_v, grad_mask
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    probabilities = torch.exp(_scores(query, key, mask, causal, scale) - lse.unsqueeze(-1))
-    grad_scores = probabilities * (grad @ value.mT - (grad * out).sum(-1, keepdim=True))
-    return grad_scores @ key * factor, grad_scores.mT @ query * factor, probabilities.mT @ grad, grad_scores
+    keys, values = _repeat(key, query), _repeat(value, query)
+    probabilities = torch.exp(_scores(query, keys, mask, causal, scale) - lse.unsqueeze(-1))
+    grad_scores = probabilities * (grad @ values.mT - (grad * out).sum(-1, keepdim=True))
+    grad_keys, grad_values = grad_scores.mT @ query * factor, probabilities.mT @ grad
+    return grad_scores @ keys * factor, _summed(grad_keys, key), _summed(grad_values, value), grad_scores
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float | None) -> torch.Tensor:
@@ -68,6 +77,11 @@ def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, c
 def _repeat(kv: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     groups = query.shape[1] // kv.shape[1]
     return kv if groups == 1 else kv.repeat_interleave(groups, 1)
+
+
+def _summed(grad: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, S, E] -> [batch, kv_heads, S, E]: the reverse of `_repeat`."""
+    return grad if grad.shape[1] == kv.shape[1] else grad.unflatten(1, (kv.shape[1], -1)).sum(2)
 
 
 def _slice(mask: torch.Tensor | None, index: slice) -> torch.Tensor | None:

@@ -216,7 +216,10 @@ def has_dependent_inputs(task: Task) -> bool:
 
 
 def make_consistent(module: fx.GraphModule, values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """`values` with every input that other inputs determine replaced: runs the program once, in its own precision."""
+    """`values` with every input that other inputs determine replaced: runs the program once, in its own precision.
+
+    It stops at the last operator that has such inputs: nothing reads its results, and it may exist on another device only.
+    """
     with torch.no_grad():
         return _Consistency(module).replace(values)
 
@@ -226,12 +229,16 @@ class _Consistency(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self._last = [n for n in operator_calls(module) if _rule(str(n.target))][-1:]
+        self._done = False
 
     def replace(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
         self.run(*values)
         return [self.env[node] for node in placeholders(self.module)][: len(values)]
 
     def run_node(self, n: fx.Node) -> Any:
+        if self._done:
+            return None
         rule = _rule(str(n.target)) if isinstance(n.target, torch._ops.OpOverload) else None
         if rule:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -239,4 +246,5 @@ class _Consistency(fx.Interpreter):
             for name, node in schema_arguments(n.target, n.args, n.kwargs).items():
                 if name in made and isinstance(node, fx.Node) and node.op == "placeholder":
                     self.env[node] = made[name].reshape(self.env[node].shape).to(self.env[node].dtype)
-        return super().run_node(n)
+        self._done = n in self._last
+        return None if self._done else super().run_node(n)

@@ -23,6 +23,7 @@ from torch_llmkernels.graph.calls import (
     shape,
     unaliased,
 )
+from torch_llmkernels.graph.ignored import ignored_arguments, is_ignored
 from torch_llmkernels.graph.patterns import VIEWS, Call, Pattern, Stage, Tree
 
 
@@ -152,8 +153,9 @@ def _match_call(call: Call, node: fx.Node, chain: str, views: tuple[fx.Node, ...
         if len(found) != len(node.users):
             return "its results are read as one tuple"
         found = {i: n for i, n in found.items() if n.users}  # dead ones are no part of the computation
-        if any(i in found for i in call.unused):
+        if any(i in found and not is_ignored(found[i]) for i in call.unused):
             return "its random state is read"
+        found = {i: n for i, n in found.items() if i not in call.unused}
         if not found:
             return "nothing reads it"
         tail = [found[i] for i in sorted(found)]
@@ -166,9 +168,10 @@ def _match_call(call: Call, node: fx.Node, chain: str, views: tuple[fx.Node, ...
     reason = _match_operand(call, node, given, chain)
     if reason:
         return reason
+    ignored = ignored_arguments(node)
     for name in dict.fromkeys([*call.roles, *given]):
         value = given[name]
-        if name == chain:
+        if name == chain or name in ignored:
             continue
         if literal_of(value) is not None and is_tensor(value) and call.operand not in ("literal", "power_of_two"):
             continue

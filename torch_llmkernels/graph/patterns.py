@@ -32,7 +32,9 @@ class Call:
         operand: What the argument that does not carry the chain must be.
         params: Schema name -> parameter name, where the schema's own would not read well.
         rank: Number of dimensions that the chain value must have.
-        unused: Indices of outputs that nothing may read (random states).
+        unused: Indices of outputs that nothing may read (random states), except calls that ignore them.
+        ignored: Schema name of each argument that the call, as `where` has it, does not look at (a random state without dropout)
+            -> the argument whose tensor stands there in the task.
     """
 
     op: str
@@ -45,6 +47,7 @@ class Call:
     params: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rank: int | None = None
     unused: tuple[int, ...] = ()
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -162,6 +165,9 @@ _CONV_AFTER = (Stage((_BATCH_NORM,)), _RESIDUAL, _ACTIVATION, _RESIDUAL, _POOL)
 _NORM = {"before": (_RESIDUAL,), "after": (_ACTIVATION,)}
 _QKV = {"key": "k", "value": "v"}
 _NO_DROPOUT = {"dropout_p": 0.0}
+_ATTENTION_BACKWARD = {"query": "q", "key": "k", "value": "v", "out": "y", "logsumexp": "logsumexp"}
+_RANDOM_STATE = {"philox_seed": "logsumexp", "philox_offset": "logsumexp"}
+_GRADS = ("grad_q", "grad_k", "grad_v")
 
 _RMS_NORM = (
     "aten.mul.Tensor", "x",
@@ -287,8 +293,22 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         Call("aten._scaled_dot_product_flash_attention_for_cpu_backward.default", "attention_backward", ("grad_out",),
-             {"query": "q", "key": "k", "value": "v", "out": "y", "logsumexp": "logsumexp", "attn_mask": "mask"},
-             ("grad_q", "grad_k", "grad_v"), where=_NO_DROPOUT),
+             {**_ATTENTION_BACKWARD, "attn_mask": "mask"}, _GRADS, where=_NO_DROPOUT),
+        entry="grad_y", result="grad_q",
+    ),
+    Pattern(
+        Call("aten._scaled_dot_product_flash_attention_backward.default", "attention_backward", ("grad_out",),
+             _ATTENTION_BACKWARD, _GRADS, where=_NO_DROPOUT, ignored=_RANDOM_STATE),
+        entry="grad_y", result="grad_q",
+    ),
+    Pattern(
+        Call("aten._scaled_dot_product_efficient_attention_backward.default", "attention_backward", ("grad_out_",),
+             {**_ATTENTION_BACKWARD, "attn_bias": "mask"}, (*_GRADS, "grad_mask"), where=_NO_DROPOUT, ignored=_RANDOM_STATE),
+        entry="grad_y", result="grad_q",
+    ),
+    Pattern(
+        Call("aten._scaled_dot_product_cudnn_attention_backward.default", "attention_backward", ("grad_out",),
+             {**_ATTENTION_BACKWARD, "attn_bias": "mask"}, _GRADS, where=_NO_DROPOUT, ignored=_RANDOM_STATE),
         entry="grad_y", result="grad_q",
     ),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import fx
 
 from torch_llmkernels.graph.calls import arguments, is_tensor, literal_of, nodes_in, op_name, unaliased
 from torch_llmkernels.graph.growth import Grown, canonical, grow
+from torch_llmkernels.graph.ignored import ignored_arguments, tensors_read
 from torch_llmkernels.graph.matching import Match, is_view, matches
 from torch_llmkernels.graph.patterns import PATTERNS, REDUCTIONS, Call, anchor_ops
 from torch_llmkernels.task import ITEMSIZE
@@ -212,7 +213,7 @@ def _tag_refusal(nodes: tuple[fx.Node, ...]) -> str:
 
 def _tensor_refusal(nodes: tuple[fx.Node, ...]) -> str:
     """Why some tensor that the nodes read or make is outside of what kernels serve."""
-    tensors = {n for m in nodes for n in (m, *m.all_input_nodes) if is_tensor(n)}
+    tensors = {n for m in nodes for n in (m, *tensors_read(m)) if is_tensor(n)}
     scalars = {n for n in tensors if op_name(n) in ("aten.scalar_tensor.default", "aten.full.default")}
     for node in tensors - scalars:
         reason = _value_refusal(node.meta["val"])
@@ -310,8 +311,9 @@ def _inputs(match: Match, roles: dict[tuple[fx.Node, str], str]) -> tuple[tuple[
     for node in match.nodes:
         if op_name(node) == "getitem":
             continue
+        ignored = ignored_arguments(node)
         for name, value in arguments(node).items():
-            for read in nodes_in(value):
+            for read in nodes_in(value) if name not in ignored else ():
                 if is_tensor(read) and read not in inside and literal_of(read) is None:
                     found.setdefault(roles.get((node, name), match.pattern.entry), unaliased(read))
     declared = [role for s in match.steps for role in s.tensors]

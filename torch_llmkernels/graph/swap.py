@@ -12,7 +12,8 @@ from torch import fx
 from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.graph import op
-from torch_llmkernels.graph.calls import size
+from torch_llmkernels.graph.calls import arguments, op_name, size
+from torch_llmkernels.graph.ignored import forget, is_ignored
 from torch_llmkernels.graph.sizes import is_from_placeholders
 from torch_llmkernels.task import Task
 
@@ -26,7 +27,8 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
     """Replace the region by a call of `llmk::region` bound to `record`, in place; returns the call.
 
     Where the task sees a tensor in another shape than the graph, a view goes between. The call goes after the region's last
-    input. The region's nodes stay, unread: `tidy` drops them once all swaps are done.
+    input. The region's nodes stay, unread: `tidy` drops them once all swaps are done. A random state that a later call names but
+    does not look at is replaced there by another of that call's arguments.
 
     Args:
         graph: A functional ATen graph with fake values in `meta["val"]`.
@@ -57,7 +59,16 @@ def swap(graph: fx.Graph, region: RegionTask, record: Record, replaced: dict[fx.
         for i, old in reversed(list(enumerate(region.outputs))):
             replaced[old] = _output(graph, call, i, region, shapes[i])
             old.replace_all_uses_with(replaced[old])
+    _forget_ignored(region)
     return call
+
+
+def _forget_ignored(region: RegionTask) -> None:
+    """Values of the region that something outside names but does not look at would keep the region itself alive."""
+    inside = set(region.region.nodes)
+    for value in [user for node in region.region.nodes for user in node.users if user not in inside]:
+        if value.target is operator.getitem and value.users and is_ignored(value):
+            forget(value)
 
 
 def _prepared(graph: fx.Graph, region: RegionTask, record: Record, inputs: Sequence[fx.Node]) -> list[fx.Node]:
@@ -145,7 +156,13 @@ def tidy(graph: fx.Graph) -> None:
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     stable_topological_sort(graph)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(_has_effects)
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """As torch has it, except that attention without dropout draws no random numbers, although its operators say they might."""
+    without_dropout = "attention" in op_name(node) and arguments(node).get("dropout_p") == 0.0
+    return bool(node.is_impure()) and not without_dropout
 
 
 def _last(graph: fx.Graph, nodes: Sequence[fx.Node]) -> fx.Node:

@@ -22,6 +22,7 @@ from torch_llmkernels.graph.calls import (
     shape,
     unaliased,
 )
+from torch_llmkernels.graph.ignored import ignored_arguments
 from torch_llmkernels.graph.regions import Region
 from torch_llmkernels.graph.rows import Rows, rows_of
 from torch_llmkernels.graph.sizes import Sizes
@@ -29,7 +30,8 @@ from torch_llmkernels.task import Node, Numerics, Task, TensorSpec, encode_liter
 
 _INLINE = frozenset({
     "half_to_float", "transposed", "output_padding", "alpha", "beta", "output_mask", "threshold", "approximate", "dropout_p",
-    "compute_log_sumexp", "return_debug_mask", "N", "C", "HxW", "bias_sizes", "keepdim", "exponent", "momentum",
+    "compute_log_sumexp", "return_debug_mask", "max_q", "max_k", "grad_input_mask", "N", "C", "HxW", "bias_sizes", "keepdim",
+    "exponent", "momentum",
 })  # fmt: skip
 """Arguments that stay in the program: a pattern fixes them, or the shapes of the tensors say the same."""
 
@@ -129,6 +131,7 @@ class _Program:
 
     def _call(self, node: fx.Node) -> tuple[str, tuple[Any, ...]]:
         op, given = _rewritten(node, arguments(node), self._region.roles)
+        given |= {name: given[other] for name, other in ignored_arguments(node).items()}
         names = list(given)
         if op in COMMUTATIVE and self._region.first.get(node) == names[1]:
             given = {names[0]: given[names[1]], names[1]: given[names[0]], **{n: given[n] for n in names[2:]}}
@@ -141,6 +144,8 @@ class _Program:
             value = float(literal_of(value))  # type: ignore[arg-type]
         if is_tensor(value):
             return {"v": self._operand(node, name, value)}
+        if isinstance(value, fx.Node) and value.meta.get("val", value) is None:
+            return None  # an output that the operator leaves undefined
         if isinstance(value, torch.dtype):
             return {"dtype": str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
