@@ -27,6 +27,7 @@ class Job:
         brief: Whether timing may end as soon as every turn agrees, by far, on which is faster: enough to decide, too little to
             rank.
         profiled: Whether to read the device's counters of a kernel that is not far behind its baselines.
+        listed: Whether the kernel must compile for every other dtype and signature that its header lists.
     """
 
     task: Task
@@ -39,6 +40,7 @@ class Job:
     device_index: int = 0
     brief: bool = False
     profiled: bool = False
+    listed: bool = False
     binaries: str = ""
 
     def __post_init__(self) -> None:

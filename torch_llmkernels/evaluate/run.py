@@ -21,6 +21,7 @@ from torch_llmkernels.errors import (
 )
 from torch_llmkernels.evaluate.candidate import Binaries, Candidate, Device, compile_all, compile_each, spread
 from torch_llmkernels.evaluate.job import Job
+from torch_llmkernels.evaluate.listed import check_listed
 from torch_llmkernels.evaluation import ErrorStat, Evaluation, Resources, Status
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.task import Task
@@ -169,6 +170,9 @@ class _Evaluator:
         self._progress("compiling")
         store = Binaries(self.job.binaries) if self.job.binaries else None
         made = compile_all(kernel, self.task, spread(combinations, MOST_TUNINGS), device, store)
+        if self.job.listed:
+            self._progress("compiling for what else the header lists")
+            check_listed(kernel, self.task, device.target, device.facts, store)
         best = made[0] if len(made) == 1 else self._fastest(made, device)
         self._constants, self._resources = best.constants, best.launcher.resources
         return best

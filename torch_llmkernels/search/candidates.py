@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch_llmkernels.errors import (
     CompileError,
     ExpressionError,
     KernelSourceError,
     LLMKernelsError,
+    NotApplicable,
     ProviderError,
     ToolchainMissing,
 )
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.task import Task
+
+if TYPE_CHECKING:
+    from torch_llmkernels.kernels.device import DeviceFacts
+    from torch_llmkernels.kernels.source import Kernel
 
 _OPEN = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.#-]*)[ \t]*$", re.MULTILINE)
 
@@ -84,16 +90,19 @@ def static_check(task: Task, text: str, name: str) -> Evaluation | None:
 
 @dataclasses.dataclass(frozen=True)
 class CompileCheck:
-    """`static_check`, then a compilation with the first valid constants, for machines that have the compiler but no device.
+    """`static_check`, then a compilation, for machines that have the compiler but no device.
+
+    For the task with the first constants whose launches and tensor maps the device takes, then for what else the header lists.
 
     Attributes:
         facts: `kernels.device.DeviceFacts` of the device that will run the kernel.
     """
 
-    facts: object
+    facts: DeviceFacts
 
     def __call__(self, task: Task, text: str, name: str) -> Evaluation | None:
         """The evaluation of a file that does not compile; None if it does, or if there is no compiler here."""
+        from torch_llmkernels.evaluate.listed import check_listed
         from torch_llmkernels.kernels.source import parse_kernel
         from torch_llmkernels.kernels.targets import target_for
 
@@ -106,11 +115,33 @@ class CompileCheck:
                 return Evaluation(
                     Status.NOT_APPLICABLE, detail="no combination of `tune` values satisfies every `where` condition"
                 )
-            target_for(task.device).compile(kernel, task, tunings[0], self.facts)
+            target = target_for(task.device)
+            target.compile(kernel, task, self._launchable(kernel, task, tunings), self.facts)
+            check_listed(kernel, task, target, self.facts)
         except ToolchainMissing:
             return None
         except CompileError as error:
             return Evaluation(Status.COMPILE_ERROR, detail=f"{error}\n{error.log}".strip())
+        except NotApplicable as error:
+            return Evaluation(Status.NOT_APPLICABLE, detail=str(error))
         except LLMKernelsError as error:
             return Evaluation(Status.INVALID, detail=str(error))
         return None
+
+    def _launchable(self, kernel: Kernel, task: Task, tunings: list[dict[str, int]]) -> dict[str, int]:
+        """The first constants for which every launch and every tensor map is within the device's limits.
+
+        Raises:
+            NotApplicable: of the first constants, if there are none.
+        """
+        from torch_llmkernels.kernels.plan import plan_launches
+
+        first: NotApplicable | None = None
+        for constants in tunings:
+            try:
+                plan_launches(kernel, task, constants, self.facts)
+                return constants
+            except NotApplicable as error:
+                first = first or error
+        assert first is not None
+        raise first

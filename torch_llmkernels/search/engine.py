@@ -209,7 +209,10 @@ class Engine:
         assert self.pool is not None
         constants = dict(candidate.evaluation.constants) if tier != "quick" and candidate.evaluation else None
         kind, profiled = "full" if tier == "full" else "quick", tier in ("quick", REPEAT)
-        job = Job(self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, profiled=profiled)
+        job = Job(
+            self.goal.task, candidate.text, candidate.name, constants=constants, tier=kind, profiled=profiled,
+            listed=tier == "quick",
+        )  # fmt: skip
         self.flights[self.pool.submit(job)] = (tier, candidate.id)
 
     def _evaluated(self, identity: str, tier: str, future: Future[Evaluation]) -> list[Event]:
