@@ -4,7 +4,9 @@ Every contender is the same module, called through `torch.compile` as a user cal
 are graph replays over inputs that rotate out of a flushed L2 cache. float32 problems with products are measured twice: strict,
 and with TF32 allowed.
 
-    python benchmarks/operators.py [--problems a,b] [--quick] [--contenders eager,inductor,ours] [--out FILE] [--resume]
+With `--rows`: norms of rows of 256 to 262,144 columns, against the floor of reading and writing each once.
+
+    python benchmarks/operators.py [--rows] [--problems a,b] [--quick] [--contenders eager,inductor,ours] [--out FILE] [--resume]
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 
 import common
 import torch
-from problems import CPU, PROBLEMS, SEED, WIDER, Problem
+from problems import CPU, PROBLEMS, ROWS, SEED, WIDER, Problem
 from torch import nn
 
 from torch_llmkernels import registry
@@ -69,7 +71,8 @@ def measure(problem: Problem, names: Sequence[str], device: str, quick: bool) ->
     """The row of one problem."""
     row: dict[str, Any] = {"problem": problem.name, "tier": tier(problem), "contenders": {}}
     torch._dynamo.reset()
-    with common.tf32(problem.tf32), torch.set_grad_enabled(problem.training):
+    freezing = torch._inductor.config.patch(freezing=problem.frozen)
+    with common.tf32(problem.tf32), torch.set_grad_enabled(problem.training), freezing:
         module, inputs = problem.make(device)
         wide, wide_inputs = common.double(module, inputs)
         reference = step(wide, wide_inputs, problem.training, wide)()
@@ -169,10 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
     parser = common.arguments(__doc__, "operators")
     parser.add_argument("--problems", help=f"names, comma separated (default: those of the device); known: {', '.join(PROBLEMS)}")
+    parser.add_argument("--rows", action="store_true", help="the norms of rows, into a file of their own")
     parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which, comma separated")
     args = parser.parse_args(argv)
     names = common.listed(args.contenders, CONTENDERS, "contenders")
-    results = common.Results("operators", args, key=("problem", "tier"))
+    results = common.Results("rows" if args.rows else "operators", args, key=("problem", "tier"))
     with common.knobs(args, verify_budget_s=600.0):
         for problem in chosen(args):
             name = {"problem": problem.name, "tier": tier(problem)}
@@ -187,6 +191,8 @@ def chosen(args: argparse.Namespace) -> list[Problem]:
     Raises:
         SystemExit: for an unknown name.
     """
+    if args.rows and not args.problems:
+        return list(ROWS)
     if not args.problems:
         return list(CPU) if args.device == "cpu" else tiers((*SEED, *WIDER))
     named = [PROBLEMS[name] for name in common.listed(args.problems, PROBLEMS, "problems")]

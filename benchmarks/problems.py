@@ -1,12 +1,13 @@
 """The problems that the benchmarks measure and that searches are run for, each a module and a maker of inputs.
 
-`SEED` are the operators of the article this project starts from, `WIDER` adds the shapes where an H100 has headroom, and
-`CPU` are small enough for two cores. `PROBLEMS` names them all.
+`SEED` are the operators of the article this project starts from, `WIDER` adds the shapes where an H100 has headroom, `ROWS` are
+norms of rows from 256 to 262,144 columns, and `CPU` are small enough for two cores. `PROBLEMS` names them all.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -48,6 +49,18 @@ class ConvBatchNormAddRelu(nn.Module):
         return F.relu(self.norm(self.conv(x)) + shortcut)
 
 
+class ConvBatchNormRelu(nn.Module):
+    """The middle of a residual block: 3x3 convolution without bias of 256 channels, batch norm, ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(256, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(x)))
+
+
 class Stem(nn.Module):
     """The stem of a ResNet: 7x7 convolution with stride 2, batch norm, ReLU, 3x3 max-pool with stride 2."""
 
@@ -79,6 +92,7 @@ class Problem:
         channels_last: Whether inputs and module use that layout.
         training: Whether a backward pass belongs to the problem.
         tf32: Whether TF32 is allowed for convolutions and products; the strict tier forbids it.
+        frozen: Whether the parameters are constants of the compiled graph (Inductor's freezing).
         classes: If not 0, a last input of that many classes: an index for each row of the first input.
     """
 
@@ -89,6 +103,7 @@ class Problem:
     channels_last: bool = False
     training: bool = False
     tf32: bool = False
+    frozen: bool = False
     classes: int = 0
 
     def make(self, device: str, seed: int = 0) -> tuple[nn.Module, list[torch.Tensor]]:
@@ -160,9 +175,37 @@ WIDER = (
     Problem("attention_4x16x4096x128_fp16", Attention, ((4, 16, 4096, 128),) * 3, torch.float16),
     Problem("attention_32x32x512x1024_fp16", Attention, ((32, 32, 512, 1024),) * 3, torch.float16),
     Problem("attention_4x16x2048x64_fp16", Attention, ((4, 16, 2048, 64),) * 3, torch.float16),
+    Problem("linear_2048_frozen_fp32", lambda: nn.Linear(2048, 2048), ((2048, 2048),), frozen=True),
+    Problem("linear_4096_frozen_fp32", lambda: nn.Linear(4096, 4096), ((4096, 4096),), frozen=True),
+    Problem(
+        "linear_gelu_8192x768x3072_bf16", lambda: nn.Sequential(nn.Linear(768, 3072), nn.GELU()), ((8192, 768),), torch.bfloat16
+    ),
+    Problem("conv3x3_bn_relu_256_fp16", ConvBatchNormRelu, ((64, 256, 14, 14),), torch.float16, channels_last=True),
+    Problem(
+        "conv3x3_relu_max_pool_64_fp16",
+        lambda: ConvReluPool(64, 64, 3, 1, 1, pool=2),
+        ((32, 64, 224, 224),),
+        torch.float16,
+        channels_last=True,
+    ),
+    Problem("layer_norm_train_8192x4096_bf16", lambda: nn.LayerNorm(4096), ((8192, 4096),), torch.bfloat16, training=True),
     Problem("matmul_fp16_2048", lambda: Call(torch.matmul), ((2048, 2048), (2048, 2048)), torch.float16),
     Problem("matmul_fp16_4096", lambda: Call(torch.matmul), ((4096, 4096), (4096, 4096)), torch.float16),
 )
+WIDTHS = (256, 1024, 4096, 16384, 65536, 262144)
+NORMS: dict[str, tuple[type[nn.Module], tuple[torch.dtype, ...]]] = {
+    "layer_norm": (nn.LayerNorm, (torch.float32, torch.float16, torch.bfloat16)),
+    "rms_norm": (nn.RMSNorm, (torch.float32, torch.bfloat16)),
+}
+
+
+def rows_of(norm: str, dtype: torch.dtype, columns: int, elements: int = 1 << 26) -> Problem:
+    """A norm over the last dimension of a matrix of 64 M elements: larger than an L2 cache in every dtype."""
+    name = f"{norm}_rows_{columns}_{str(dtype).removeprefix('torch.')}"
+    return Problem(name, functools.partial(NORMS[norm][0], columns), ((elements // columns, columns),), dtype)
+
+
+ROWS = tuple(rows_of(norm, dtype, columns) for norm, (_, dtypes) in NORMS.items() for dtype in dtypes for columns in WIDTHS)
 CPU = (
     Problem("layer_norm_4096x1024_fp32", lambda: nn.LayerNorm(1024), ((4096, 1024),)),
     Problem("softmax_1024x4096_fp32", lambda: Call(_softmax), ((1024, 4096),)),
@@ -172,4 +215,4 @@ CPU = (
     Problem("attention_2x4x256x64_fp32", Attention, ((2, 4, 256, 64),) * 3),
     Problem("layer_norm_train_1024x512_fp32", lambda: nn.LayerNorm(512), ((1024, 512),), training=True),
 )
-PROBLEMS = {problem.name: problem for problem in (*SEED, *WIDER, *CPU)}
+PROBLEMS = {problem.name: problem for problem in (*SEED, *WIDER, *ROWS, *CPU)}

@@ -1,8 +1,8 @@
 """The README's tables, generated from the committed results, and a plot beside each.
 
 The table of the shipped kernels, between `<!-- begin:kernels -->` and `<!-- end:kernels -->`, comes from the library's records.
-Every other table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `models`, `kernelbench`); it holds
-one section per device kind that has a result file under `benchmarks/results/`, and is empty while there is none.
+Every other table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `rows`, `models`, `kernelbench`);
+it holds one section per device kind that has a result file under `benchmarks/results/`, and is empty while there is none.
 
     python benchmarks/readme_tables.py            write README.md and the plots
     python benchmarks/readme_tables.py --check    exit with 1 if they do not agree with the results
@@ -63,6 +63,21 @@ def operators(result: Result) -> str:
         "our error",
     ]
     return markdown(columns, rows)
+
+
+def rows(result: Result) -> str:
+    """Share of the floor that a row norm reaches at each width, and its speedup where it was swapped."""
+    cells: dict[str, dict[int, str]] = {}
+    for row in result["rows"]:
+        if "skipped" in row or not row.get("speedup"):
+            continue
+        norm, _, rest = row["problem"].partition("_rows_")
+        width, _, dtype = rest.partition("_")
+        ours = row["contenders"]["ours"]
+        gain = _times(row["speedup"]) if ours.get("swapped") else "no swap"
+        cells.setdefault(f"{norm} {dtype}", {})[int(width)] = f"{row['floor_ms'] / ours['ms']:.0%} ({gain})"
+    widths = sorted({width for found in cells.values() for width in found})
+    return markdown(["columns", *map(str, widths)], [[name, *(found.get(w) for w in widths)] for name, found in cells.items()])
 
 
 def models(result: Result) -> str:
@@ -153,12 +168,15 @@ def kernel_sections(library: Path) -> str:
     return "\n\n".join(sections) or "Not measured yet."
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "models": models, "kernelbench": kernelbench}
+TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "rows": rows, "models": models, "kernelbench": kernelbench}
 
 
 HEADS = {
     "operators": "### Operators through `torch.compile`\nTimes of one call, taken in turns. `speedup`: the best of eager, "
     "Inductor and max-autotune over ours. Errors are against float64.",
+    "rows": "### Norms of rows\nOf 64 M elements through `torch.compile`: the share of the floor (reading and writing each "
+    "element once at the device's copy bandwidth) that the compiled call reaches and, where a kernel was swapped in, the speedup "
+    "over the best of eager and Inductor.",
     "models": "### Models end to end\nMilliseconds of one call or training step, taken in turns; `gain`: Inductor's time over "
     "ours in the same mode (median of paired ratios ± two standard errors). Compilation is cold.",
     "kernelbench": "### KernelBench problems",
@@ -178,7 +196,7 @@ def section(result: Result, name: str) -> str:
 
 def speedups(result: Result, name: str) -> list[tuple[str, float]]:
     """(label, speedup) of every row with a swap: what the plot shows."""
-    if name == "operators":
+    if name in ("operators", "rows"):
         rows = [r for r in result["rows"] if r.get("speedup") and r["contenders"].get("ours", {}).get("swapped")]
         return [(f"{r['problem']} ({r['tier']})", r["speedup"]) for r in rows]
     if name == "models":
@@ -218,7 +236,7 @@ def rendered(readme: str, results: Path) -> str:
 def plot(result: Result, name: str) -> str:
     """The plot of a result file as SVG; empty if nothing was swapped."""
     rows = speedups(result, name)
-    versus = "the best of eager, Inductor and max-autotune" if name == "operators" else "Inductor"
+    versus = "the best of eager, Inductor and max-autotune" if name in ("operators", "rows") else "Inductor"
     return bars(f"{name} on {result['device']}: time of {versus} over ours", rows) if rows else ""
 
 
