@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import zoo
@@ -95,6 +96,27 @@ def test_relu_output_and_pool_indices_are_extra_outputs_in_training() -> None:
     assert roles(first) == (["x", "weight", "bias"], ["y", "relu_out", "indices"])
     backward = [s for s in signatures(gm) if "backward" in s]
     assert backward == ["max_pool2d_backward.relu_backward", "conv2d_backward"] * 2
+
+
+ACTIVATIONS = {
+    "relu_backward": nn.ReLU(), "gelu_backward": nn.GELU(), "gelu_tanh_backward": nn.GELU("tanh"), "silu_backward": nn.SiLU(),
+    "hardswish_backward": nn.Hardswish(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_backward_of_an_activation_is_a_region_where_nothing_longer_takes_it(name: str) -> None:
+    region = only(capture(ACTIVATIONS[name], torch.randn(4, 8, requires_grad=True), training=True))
+    assert region.signature == name
+    saved = "relu_out" if name == "relu_backward" else name.split("_")[0] + "_x"
+    assert roles(region) == (["grad_y", saved], ["grad_x"])
+
+
+def test_the_backward_of_an_activation_goes_to_a_product_unless_a_kernel_serves_it_alone() -> None:
+    gm = capture(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), torch.randn(4, 8), training=True)
+    assert "linear.gelu_backward" in signatures(gm)
+    alone = signatures(gm, serves=lambda region: region.signature == "gelu_backward")
+    assert "gelu_backward" in alone and "linear.gelu_backward" not in alone
 
 
 def test_in_place_relu_is_the_same_region() -> None:

@@ -311,6 +311,8 @@ PATTERNS: tuple[Pattern, ...] = (
              {**_ATTENTION_BACKWARD, "attn_bias": "mask"}, _GRADS, where=_NO_DROPOUT, ignored=_RANDOM_STATE),
         entry="grad_y", result="grad_q",
     ),
+    # an activation's backward that no product or pool takes in; alone it is pointwise, where Inductor is hard to beat
+    *(Pattern(call, entry="grad_y", result="grad_x") for call in _ACTIVATION_BACKWARD.calls),
 )  # fmt: skip
 
 

@@ -9,7 +9,10 @@ WORDS = (
     "conv", "norm", "rsqrt", "softm", "attention", "entropy", "nll", "pool", "lstm", "gru", "rnn", "cosine",
     "sum", "mean", "max", "min", "var", "std", "loss",
 )  # fmt: skip
-"""Parts of the names of torch functions that contain an anchor once traced to ATen. Too many cost a trace, too few a swap."""
+"""Parts of the names of torch functions that contain an anchor once traced to ATen. Too many cost a trace, too few a swap.
+
+Activations are left out: their backward is an anchor, but a graph that has nothing beside them is pointwise, and Inductor's.
+"""
 
 
 def might_match(gm: fx.GraphModule) -> bool:
