@@ -100,6 +100,16 @@ def test_device_variables_are_refused() -> None:
         CUDA.compile(hidden, tasks.relu_add_task(64, device="cuda"), {"THREADS": 128, "VEC": 4}, H100)
 
 
+def test_a_constexpr_member_that_is_false_is_no_state() -> None:
+    trait = """template <class E> struct is_half { static constexpr bool value = false; };
+template <> struct is_half<__half> { static constexpr bool value = true; };
+// y = relu"""
+    text = kernel("add_relu").text.replace("// y = relu", trait).replace("if (i >= n)", "if (!is_half<T>::value && i >= n)")
+    for dtype in ("float16", "bfloat16", "float32"):
+        task = tasks.relu_add_task(64, dtype, device="cuda")
+        assert CUDA.compile(parse_kernel(text, "add_relu"), task, {"THREADS": 128, "VEC": 4}, H100).code
+
+
 def test_the_key_names_everything_the_code_depends_on() -> None:
     def key(task: Task, constants: Mapping[str, int], arch: str = "sm_90a") -> str:
         return CUDA.binary_key(kernel("layer_norm"), task, constants, facts_for_arch(arch))

@@ -9,6 +9,7 @@ a worker process of its own until it is accepted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from typing import NamedTuple
 
@@ -131,6 +132,17 @@ def _check_constant(tokens: list[Token], start: int) -> None:
             f"line {tokens[start].line}: `{' '.join(words)}` keeps state from call to call; use a [[workspace]], or const for a "
             "table"
         )
+
+
+def constant_members(tokens: list[Token]) -> frozenset[str]:
+    """Names of `static constexpr` members with an initialiser."""
+    found = set()
+    for i, token in enumerate(tokens):
+        if {token.text, tokens[i - 1].text if i else ""} == {"static", "constexpr"}:
+            rest = iter(tokens[i + 1 :])
+            words = [*itertools.takewhile(lambda t: t.text not in ("=", ";", "{", "("), rest)]
+            found |= {words[-1].text} if words else set()
+    return frozenset(found)
 
 
 def _is_attribute(token: Token) -> bool:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources as package_data
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch_llmkernels.errors import CompileError, NotApplicable, ToolchainMissing
 from torch_llmkernels.evaluation import KernelResources, Resources
-from torch_llmkernels.kernels import launch
+from torch_llmkernels.kernels import csource, launch
 from torch_llmkernels.kernels.elf import read_shared_object
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def compile_cubin(kernel: Kernel, macros: Mapping[str, str], arch: str) -> tuple
         raise NotApplicable(f"{kernel.name}: written for another architecture than {arch}: {lacking}")
     if code is None:
         raise CompileError(f"{kernel.name}: {_first_error(log)}", log[:_LOG_LIMIT])
-    check_stateless(code, kernel.name)
+    check_stateless(code, kernel.name, csource.constant_members(csource.tokenize(kernel.body)))
     return code, resources_of(log, len(code))
 
 
@@ -157,19 +157,29 @@ def _first_error(log: str) -> str:
     return next((line.strip() for line in log.splitlines() if "error" in line), log.strip()[:200] or "no message")
 
 
-def check_stateless(code: bytes, name: str) -> None:
+def check_stateless(code: bytes, name: str, constants: Collection[str] = ()) -> None:
     """Refuse zero-initialised `__device__` variables, which would keep state between calls (`csource` refuses the others).
+
+    `constants` are the names of constexpr members: NVRTC gives one of a template a place among them if it is zero or false.
 
     Raises:
         CompileError: if the cubin has writable global memory of its own.
     """
     found = read_shared_object(code)
-    if found.sections.get(".nv.global", 0):
-        names = ", ".join(sorted(_unmangled(n) for n in found.symbols.get(".nv.global", ()) if not n.startswith(".")))
+    held = [n for n in found.symbols.get(".nv.global", ()) if not n.startswith(".")]
+    kept = [n for n in held if not (_is_member(n) and any(re.search(rf"{len(c)}{c}E$", n) for c in constants))]
+    if found.sections.get(".nv.global", 0) and (kept or not held):
+        names = ", ".join(sorted(map(_unmangled, kept)))
         raise CompileError(
             f"{name}: has __device__ variables ({names or 'unnamed'}); a kernel keeps no state, use a [[workspace]] (a constexpr "
             "at namespace scope whose address is taken counts: make it an enum or a macro)"
         )
+
+
+def _is_member(symbol: str) -> bool:
+    """Whether a mangled name such as `_ZN11kernel_file7is_halfIfE5valueE` has a class between its namespace and itself."""
+    first = re.match(r"_ZN11kernel_file(\d+)", symbol)
+    return first is not None and symbol[first.end() + int(first[1]) :] != "E"
 
 
 def _unmangled(symbol: str) -> str:
