@@ -37,9 +37,6 @@ CPU_PRODUCT_SLACK = 5.0
 BELOW_FLOOR = 0.9
 """A measured time under this part of the impossible time is a mistake of the measurement; above it, noise of the ceilings."""
 
-L2_PASSES = 64
-"""How often one call reads the tensor with which the bandwidth of L2 is measured."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
@@ -47,8 +44,7 @@ class Ceilings:
 
     Attributes:
         copy: Bytes read plus bytes written by a large copy in device memory.
-        cache: On a CPU the same while it stays in cache, over all threads; on a GPU bytes read of what stays in L2, at least
-            `copy`. Journals from before that was measured have `copy` here.
+        cache: The same while it stays in cache (CPU: over all threads).
         fp32: Operations of a strict float32 matrix product.
         tf32: The same with TF32 allowed; `fp32` where there is no such mode.
         fp16: Operations of a float16 matrix product.
@@ -224,21 +220,7 @@ def _measure_cuda(index: int) -> Ceilings:
             out = torch.empty_like(a)
             with precision(Numerics(matmul=policy)):
                 rates.append(2 * 8192**3 / _best_cuda(functools.partial(torch.mm, a, a, out=out)))
-        return Ceilings(copy, max(copy, _read_l2(index)), *rates)
-
-
-def _read_l2(index: int) -> float:
-    """Bytes a second that a sum reads of a tensor that stays in L2; 0 where its size is not known.
-
-    The tensor takes a quarter of L2, because an L2 of two halves may keep a copy in each. One call reads it many times, so that
-    neither the launch nor the first reading counts.
-    """
-    size = torch.cuda.get_device_properties(index).L2_cache_size // 4
-    if not size:
-        return 0.0
-    again = torch.zeros(size // 4, device="cuda").expand(L2_PASSES, -1)
-    sums = torch.empty(L2_PASSES, device="cuda")
-    return again.numel() * again.itemsize / _best_cuda(functools.partial(torch.sum, again, 1, out=sums))
+        return Ceilings(copy, copy, *rates)
 
 
 def _best_cuda(call: Callable[[], Any], repeat: int = 8) -> float:

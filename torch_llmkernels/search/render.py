@@ -230,7 +230,6 @@ _LABELS: dict[str, dict[str, str]] = {
 _CEILINGS = {
     "cuda": (
         ("copy", "memory bandwidth, bytes read plus written", "GB/s", 1e9),
-        ("cache", "reads of data that stays in L2", "GB/s", 1e9),
         ("fp32", "strict float32 matrix product", "TFLOP/s", 1e12),
         ("tf32", "float32 matrix product with TF32 allowed", "TFLOP/s", 1e12),
         ("fp16", "float16 matrix product on tensor cores", "TFLOP/s", 1e12),
