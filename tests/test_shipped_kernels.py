@@ -91,17 +91,6 @@ def _nvrtc_missing() -> str:
     return ""
 
 
-class Product(nn.Module):
-    """A matrix product: unlike a linear layer's, the weight's rows are contiguous."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(rows, columns))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
-
-
 # Shapes with tails, other ranks and other parameters than those the searches were run for; long sums, which one running sum would
 # round too often to be as accurate as eager.
 UNSEEN = {
@@ -119,17 +108,6 @@ UNSEEN = {
         (nn.Conv2d(8, 24, 1), (3, 8, 7, 9)),
         (nn.Conv2d(5, 40, 3, padding=1, bias=False), (2, 5, 11, 31)),
         (nn.Conv2d(512, 33, 3, padding=1), (1, 512, 7, 7)),
-    ],
-    "linear": [
-        (nn.Linear(31, 65), (13, 31)),
-        (nn.Linear(128, 48, bias=False), (2, 9, 128)),
-        (Product(200, 333), (77, 200)),
-        (Product(37, 5), (3, 37)),
-        (nn.Linear(4100, 70), (61, 4100)),
-    ],
-    "linear.relu": [
-        (nn.Sequential(nn.Linear(31, 65), nn.ReLU()), (13, 31)),
-        (nn.Sequential(nn.Linear(128, 48, bias=False), nn.ReLU()), (2, 9, 128)),
     ],
     "linear.gelu": [
         (nn.Sequential(nn.Linear(31, 65), nn.GELU()), (13, 31)),
