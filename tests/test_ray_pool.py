@@ -66,6 +66,6 @@ def test_a_worker_killed_in_the_middle_costs_one_evaluation(pool: RayPool) -> No
         threading.Event().wait(0.01)
     os.kill(worker, signal.SIGKILL)
     killed, survived = endless.result(), following.result()
-    assert killed.status is Status.CRASHED and "SIGKILL" in killed.detail
+    assert killed.status is Status.FAILED and "SIGKILL" in killed.detail
     assert survived.status is Status.CORRECT, survived.detail
     assert worker not in worker_processes()

@@ -24,6 +24,7 @@ from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
 
 TASK = layer_norm_task(8, 64)
+FAST = KERNEL.replace("UNROLL = [1, 4]", "UNROLL = [1, 2]")
 pytestmark = pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
 
 
@@ -52,7 +53,7 @@ def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "library" / "layer_norm"
     folder.mkdir(parents=True)
     (folder / "slow.cpp").write_text(KERNEL)
-    (folder / "fast.cpp").write_text(KERNEL.replace("UNROLL = [1, 4]", "UNROLL = [1, 2]"))
+    (folder / "fast.cpp").write_text(FAST)
     script = Script({"slow": timed(1.9), "fast": timed(1.0)})
     monkeypatch.setattr(resolve, "evaluate", script)
     store = Store(tmp_path / "store")
@@ -133,6 +134,29 @@ def test_a_kernel_that_timed_out_is_tried_by_three_processes(setup) -> None:
     assert make().decide(TASK).reason == reason
     (name,) = make().store.keys("decision/")
     assert TASK.key in name and make().store.delete(name)
+    assert make().decide(TASK).record.kernel_name == "fast"
+
+
+def test_a_full_machine_bans_no_kernel(setup) -> None:
+    """What ran out of memory is tried by as many processes as what timed out; the two count together."""
+    make, script = setup
+    outcomes = [evaluation(Status.FAILED), evaluation(Status.TIMEOUT), evaluation(Status.FAILED)]
+    script.outcomes["slow"] = evaluation(Status.WRONG)
+    for times, outcome in enumerate(outcomes, start=1):
+        in_another_process()
+        script.outcomes["fast"] = outcome
+        assert f"fast@{parse_kernel(FAST, 'fast').digest[:8]} {outcome.status}, try {times} of 3" in make().decide(TASK).reason
+    in_another_process()
+    script.outcomes["fast"] = timed(1.0)
+    assert make().decide(TASK).record is None
+
+
+def test_a_kernel_that_ran_out_of_memory_once_wins_in_the_next_process(setup) -> None:
+    make, script = setup
+    script.outcomes["fast"] = evaluation(Status.FAILED)
+    assert make().decide(TASK).record.kernel_name == "slow"
+    in_another_process()
+    script.outcomes["fast"] = timed(1.0)
     assert make().decide(TASK).record.kernel_name == "fast"
 
 

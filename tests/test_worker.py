@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tasks import layer_norm_task, relu_add_task, softmax_task
 
 from torch_llmkernels import resolve
-from torch_llmkernels.errors import SchemaError, WorkerDied
-from torch_llmkernels.evaluate import sanitize, worker
+from torch_llmkernels.errors import CompileError, LaunchError, SchemaError, WorkerDied
+from torch_llmkernels.evaluate import run, sanitize, worker
 from torch_llmkernels.evaluate.candidate import spread
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.pool import LocalPool
@@ -137,6 +139,43 @@ def test_but_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "_Child", Doomed)
     outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
     assert outcome.status is Status.CRASHED and "SIGTERM" in outcome.detail and Doomed.asked == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Status.FAILED),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Status.FAILED),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), Status.FAILED),
+        (LaunchError("loading: the driver answered CUDA_ERROR_OUT_OF_MEMORY"), Status.FAILED),
+        (CompileError("k: g++: fatal error", "cc1plus: No space left on device"), Status.FAILED),
+        (OSError(errno.ENOSPC, "No space left on device"), Status.FAILED),
+        (MemoryError(), Status.FAILED),
+        (RuntimeError("nobody has seen this before"), Status.FAILED),
+        (LaunchError("k: the driver answered CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"), Status.LAUNCH_ERROR),
+        (CompileError("k: expected ';'"), Status.COMPILE_ERROR),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), Status.CRASHED),
+    ],
+)
+def test_a_machine_without_memory_or_disk_space_is_told_from_a_bad_kernel(
+    error: Exception, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(run._Evaluator, "run", fail)
+    outcome = evaluate(Job(softmax_task(), KERNEL))
+    assert outcome.status is status and str(error) in outcome.detail
+
+
+def test_a_child_that_the_system_killed_says_nothing_about_the_kernel() -> None:
+    job = Job(layer_norm_task(), "not a kernel")
+    with Worker(Settings()) as made:
+        assert made.evaluate(job).status is Status.INVALID
+        assert made._child is not None
+        os.kill(made._child._process.pid, signal.SIGKILL)
+        outcome = made.evaluate(job)
+    assert outcome.status is Status.FAILED and "SIGKILL" in outcome.detail
 
 
 def test_a_child_that_hangs_ends_with_its_parent() -> None:

@@ -99,11 +99,12 @@ class WorkerDied(WorkerError):
 
     Attributes:
         terminated: Whether a signal ended it that asks a process to end, which comes from outside and not from a fault.
+        killed: Whether SIGKILL did, which is how a system that is short of memory takes it back.
     """
 
-    def __init__(self, message: str, terminated: bool = False) -> None:
+    def __init__(self, message: str, terminated: bool = False, killed: bool = False) -> None:
         super().__init__(message)
-        self.terminated = terminated
+        self.terminated, self.killed = terminated, killed
 
 
 class SearchError(LLMKernelsError):

@@ -25,6 +25,7 @@ class Status(enum.StrEnum):
     LAUNCH_ERROR = "launch_error"
     CRASHED = "crashed"  # the worker died
     TIMEOUT = "timeout"
+    FAILED = "failed"  # the machine, not the kernel: no memory or disk space was left, or nobody knows why
     WRONG = "wrong"  # values, shapes, aliasing, determinism, guard bands
     CORRECT = "correct"  # passed the check, not timed
     TIMED = "timed"  # passed the check, timed beside the baselines, passed the check again

@@ -41,9 +41,9 @@ COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 AHEAD = frozenset({"cuda"})
 """Devices whose kernels are compiled ahead. On the CPU that would disturb the measuring."""
 
-TRIES = {Status.TIMEOUT: 3, Status.CRASHED: 2}
-"""How often a kernel may end in a way that a busy machine can cause, before that is remembered for good: once in a process at
-most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
+TRIES = {Status.TIMEOUT: 3, Status.FAILED: 3, Status.CRASHED: 2}
+"""How often a kernel may end in these ways, which a busy or full machine can cause, before that is remembered for good: once in
+a process at most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
 
 
 def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
@@ -178,7 +178,7 @@ class Resolver:
         return [pair for name, pair in found.items() if name not in settled and pair[0].name not in self.excluded]
 
     def _may_try_again(self, label: str, task: Task, facts: DeviceFacts, known: Decision) -> bool:
-        """Whether a kernel timed out or crashed, and has tries left in this process: see `TRIES`."""
+        """Whether what a kernel ended with may be the machine's fault, and it has tries left in this process: see `TRIES`."""
         status, times = last_outcome(known, label)
         if times >= TRIES.get(status, 0) or (status is Status.CRASHED and not self.offline):
             return False
@@ -232,9 +232,9 @@ class Resolver:
 
 def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:
     """`known` with one more evaluation; the record is the fastest correct kernel so far (relative to its baselines), if not yet
-    a winner. Earlier tries that ended in the same way (`TRIES`) stay, to be counted."""
-    again = evaluation.status if evaluation.status in TRIES else None
-    tried = (*((n, e) for n, e in known.tried if n != kernel.label or e.status is again), (kernel.label, evaluation))
+    a winner. Earlier tries stay while they all end in one of the ways of `TRIES`, to be counted."""
+    again = TRIES if evaluation.status in TRIES else {}
+    tried = (*((n, e) for n, e in known.tried if n != kernel.label or e.status in again), (kernel.label, evaluation))
     record = known.record
     if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
         record = None  # its evidence is being replaced
@@ -244,9 +244,9 @@ def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, f
 
 
 def last_outcome(known: Decision, label: str) -> tuple[Status, int]:
-    """How the last evaluation of a kernel that was tried ended, and how many of its evaluations ended so."""
+    """How the last evaluation of a kernel that was tried ended, and how many there were; see `merge` for those that count."""
     outcomes = [evaluation.status for name, evaluation in known.tried if name == label]
-    return outcomes[-1], outcomes.count(outcomes[-1])
+    return outcomes[-1], len(outcomes)
 
 
 def choose(known: Decision, task: Task, settings: Settings) -> Decision:

@@ -66,15 +66,16 @@ def evaluate(job: Job, progress: Progress = lambda stage: None) -> Evaluation:
     except (NotApplicable, ExpressionError) as error:
         outcome = run.failed(Status.NOT_APPLICABLE, str(error))
     except CompileError as error:
-        outcome = run.failed(Status.COMPILE_ERROR, f"{error}\n{log_head(error.log)}".strip())
+        text = f"{error}\n{log_head(error.log)}".strip()
+        outcome = run.failed(Status.FAILED if is_exhausted(f"{error}\n{error.log}") else Status.COMPILE_ERROR, text)
     except ToolchainMissing as error:
         outcome = run.failed(Status.NOT_APPLICABLE, f"cannot be evaluated here: {error}")
     except LaunchError as error:
-        outcome = run.failed(Status.LAUNCH_ERROR, str(error))
+        outcome = run.failed(Status.FAILED if is_exhausted(str(error)) else Status.LAUNCH_ERROR, str(error))
     except LLMKernelsError as error:
         outcome = run.failed(Status.NOT_APPLICABLE, f"the task cannot be checked: {error}")
-    except RuntimeError as error:
-        outcome = run.failed(*_device_failure(error))
+    except (RuntimeError, MemoryError, OSError) as error:
+        outcome = run.failed(*_machine_failure(error))
     return dataclasses.replace(outcome, seconds=time.monotonic() - start)
 
 
@@ -95,14 +96,26 @@ def compile_ahead(job: Job) -> None:
             baseline.compile_ahead(job.task)
 
 
-def _device_failure(error: RuntimeError) -> tuple[Status, str]:
-    """A CUDA error outlives the call that made it: the process cannot go on. Too little memory is an error of this job."""
+_EXHAUSTED = (
+    "out of memory", "out_of_memory", "alloc_failed", "can't allocate memory", "cannot allocate memory",
+    "no space left on device", "killed signal terminated program",
+)  # fmt: skip
+"""How torch, CUDA and its libraries, the compilers and the C library say that memory or disk space is used up."""
+
+
+def is_exhausted(text: str) -> bool:
+    """Whether an error's text says that memory or disk space was used up: another process may have it now."""
+    return any(words in text.lower() for words in _EXHAUSTED)
+
+
+def _machine_failure(error: Exception) -> tuple[Status, str]:
+    """What an error says that no step expects. A CUDA error outlives the call that made it: the process cannot go on."""
     text = f"{type(error).__name__}: {error}".split("\nCUDA kernel errors might")[0]
-    if "out of memory" in text:
-        return Status.LAUNCH_ERROR, f"the evaluation ran out of device memory: {text}"
+    if isinstance(error, MemoryError) or is_exhausted(text):
+        return Status.FAILED, f"the machine ran out of memory or disk space: {text}"
     if "CUDA" in text or "cuda" in text:
         return Status.CRASHED, f"the kernel broke the CUDA context: {text}"
-    return Status.LAUNCH_ERROR, f"the evaluation failed: {text}"
+    return Status.FAILED, f"the evaluation failed: {text}"
 
 
 def log_head(log: str) -> str:

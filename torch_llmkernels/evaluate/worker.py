@@ -73,7 +73,7 @@ class Worker:
         self._timer: threading.Timer | None = None
 
     def evaluate(self, job: Job) -> Evaluation:
-        """The outcome of a job. A crash is CRASHED and a hang TIMEOUT; no exception comes from the kernel.
+        """The outcome of a job. A crash is CRASHED, a hang TIMEOUT, a kill FAILED; no exception comes from the kernel.
 
         A worker that somebody else terminated (a shutdown, a scheduler) says nothing about the kernel: the job is tried again.
         """
@@ -86,9 +86,10 @@ class Worker:
                 outcome = Evaluation(Status.TIMEOUT, detail=str(error), tier=job.tier)
             except (WorkerDied, SchemaError) as error:
                 self._stop()
-                outcome = Evaluation(Status.CRASHED, detail=str(error), tier=job.tier)
-            if outcome.status is Status.CRASHED:
-                self._stop()  # a broken CUDA context does not heal
+                killed = isinstance(error, WorkerDied) and error.killed
+                outcome = Evaluation(Status.FAILED if killed else Status.CRASHED, detail=str(error), tier=job.tier)
+            if outcome.status in (Status.CRASHED, Status.FAILED):
+                self._stop()  # a broken CUDA context does not heal, and memory that is short is better given back
             self._rest_later()
             return dataclasses.replace(outcome, seconds=time.monotonic() - start)
 
@@ -132,7 +133,7 @@ class Worker:
         self._child = None
 
     def close(self) -> None:
-        """End the child; a later job starts another. A job in flight on another thread ends as CRASHED."""
+        """End the child; a later job starts another. A job in flight on another thread ends as FAILED."""
         child = self._child
         if child is not None:
             child.end()
@@ -239,7 +240,7 @@ class _Child:
             "closed its pipe" if code is None else f"exited with code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
         )
         text = f"the worker {how} while {self._stage}. {self._log_tail()}".strip()
-        return WorkerDied(text, terminated=code is not None and -code in _FROM_OUTSIDE)
+        return WorkerDied(text, code is not None and -code in _FROM_OUTSIDE, code == -signal.SIGKILL)
 
     def _log_tail(self) -> str:
         size = self._log.seek(0, os.SEEK_END)
