@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -17,7 +18,8 @@ from torch._inductor.utils import run_and_get_code
 
 from torch_llmkernels import backend, plan, registry
 from torch_llmkernels.evaluate.job import Job
-from torch_llmkernels.evaluate.run import evaluate
+from torch_llmkernels.evaluate.run import _Evaluator, evaluate
+from torch_llmkernels.evaluate.timing import Times
 from torch_llmkernels.evaluation import Status
 from torch_llmkernels.graph import op
 from torch_llmkernels.graph.constants import constants_of
@@ -25,6 +27,7 @@ from torch_llmkernels.graph.regions import find_regions
 from torch_llmkernels.graph.task_of import task_of
 from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.task import Task, TensorSpec
 
 KERNEL = """/*---
 implements = "linear.relu"
@@ -241,7 +244,7 @@ def test_a_weight_that_the_graph_changes_is_no_constant(compiled: Callable, pack
     assert not packs
 
 
-def task(constant: bool) -> object:
+def task(constant: bool) -> Task:
     gm = capture(Layer(), torch.randn(4, 16))
     (region,) = find_regions(gm.graph)[0]
     weights = {node for role, node in region.inputs if role != "x"}
@@ -256,6 +259,35 @@ def test_one_file_serves_tasks_with_and_without_constants(constant: bool) -> Non
     assert kernel.prepared(found) == (("packed",) if constant else ())
     outcome = evaluate(Job(found, KERNEL, "packing", timed=False))
     assert outcome.status is Status.CORRECT, outcome.detail
+
+
+def dynamic(task: Task) -> Task:
+    """The task with a number of rows that only a call knows."""
+
+    def of_rows(spec: TensorSpec) -> TensorSpec:
+        return dataclasses.replace(spec, shape=("d0", *spec.shape[1:])) if spec.name in ("x", "y") else spec
+
+    inputs, outputs = (tuple(map(of_rows, group)) for group in (task.inputs, task.outputs))
+    return dataclasses.replace(task, inputs=inputs, outputs=outputs, symbols=(("d0", 4),))
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_kernel_is_timed_as_it_will_run(is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a workspace has a size that only a call knows, the compiled graph keeps nothing: packing is timed too."""
+    text = KERNEL if is_kept else KERNEL.replace('shape = ["cols"]', 'shape = ["rows * cols"]')
+    found = dynamic(task(True))
+    assert bool(parse_kernel(text).prepared(found)) == is_kept
+    timed: list[bool] = []
+
+    class Stopwatch:
+        def compare(self, *runs: object, prepare: object, **options: object) -> Times:
+            timed.append(prepare is not None)
+            return Times(1.0, 0.0, (("eager", 1.0),), (("eager", 1.0),))
+
+    monkeypatch.setattr(_Evaluator, "_stopwatch", lambda self, made, device: Stopwatch())
+    outcome = evaluate(Job(found, text, "packing"))
+    assert outcome.status is Status.TIMED, outcome.detail
+    assert timed == [is_kept]
 
 
 def test_what_is_made_of_more_than_constants_is_not_kept() -> None:

@@ -24,7 +24,6 @@ from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.listed import check_listed
 from torch_llmkernels.evaluation import ErrorStat, Evaluation, Resources, Status
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
-from torch_llmkernels.task import Task
 
 if TYPE_CHECKING:
     from torch_llmkernels.evaluate.check import Answers
@@ -261,7 +260,7 @@ class _Evaluator:
         self._progress("timing")
         floor = self._floor(device)
         timed = made.again(device)  # a launcher of its own: preparing it must not change the checked one
-        prepare = timed.launcher.prepare if _is_prepared(made.kernel, self.task) else None
+        prepare = timed.launcher.prepare if made.kernel.prepared(self.task) else None
         times = self._stopwatch(made, device).compare(
             timed.launcher, made.launcher, prepare=prepare, brief=self.job.brief
         )
@@ -292,10 +291,3 @@ class _Evaluator:
         floor = roofline.floor(self.task, device.facts, ceilings)
         self._floor_ms = floor.ms
         return floor
-
-
-def _is_prepared(kernel: Kernel, task: Task) -> bool:
-    """Whether the prepare launches read nothing but inputs that are constant for the graph: the runtime runs them once."""
-    inputs = {t.name for t in task.inputs}
-    read = {arg for step in kernel.prepare for arg in step.args} & inputs
-    return bool(kernel.prepare) and read <= set(task.constant)
