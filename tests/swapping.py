@@ -77,6 +77,7 @@ def swapping(store: Path, resolve: Callable = swap_all) -> Iterator[Kernels]:
         mock.patch.object(backend, "resolve", resolve),
         mock.patch.object(op, "build_launcher", kernels.build),
         mock.patch.object(op, "_slots", {}),
+        mock.patch.object(op, "_settings", {}),
         mock.patch.object(plan, "_fuel_used", 0),
         mock.patch.dict("os.environ", {"LLMKERNELS_CACHE_DIR": str(store)}),
         config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),

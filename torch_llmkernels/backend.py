@@ -35,7 +35,7 @@ from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph.constants import constants_of
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
-from torch_llmkernels.graph.op import bind, encode_spec
+from torch_llmkernels.graph.op import decode_spec, encode_spec, scratch_bytes, set_settings, workspace_layouts
 from torch_llmkernels.graph.regions import Region, find_regions
 from torch_llmkernels.graph.scan import might_match
 from torch_llmkernels.graph.swap import swap, tidy
@@ -128,7 +128,7 @@ def compile_swapped(gm: fx.GraphModule, example_inputs: Sequence[Any], request: 
     import torch_llmkernels.graph.lowering  # noqa: F401 (teaches Inductor the operator)
 
     for record in swaps.wanted:
-        bind(encode_spec(record), request.settings)
+        set_settings(encode_spec(record), request.settings)
     return _compile_fx(gm, example_inputs, request, swaps)
 
 
@@ -210,12 +210,15 @@ class SwapPass(CustomGraphPass):
     def uuid(self) -> Any:
         """Everything that the swapped graph depends on and torch's own key lacks.
 
+        Among it the sizes of the kernels' workspaces here: generated code allocates them, and they may depend on the number of
+        cores that a process may use, which torch's key does not hold.
+
         None, which switches torch's caches off, if a pass of the user's has no uuid, or while `fuel` limits the swaps: what
         is swapped then depends on the graphs before.
         """
         if not self.cacheable:
             return None
-        chosen = sorted((key, plan.record_digest(d.record)) for key, d in self.decisions.items() if d.record)
+        chosen = sorted((key, plan.record_digest(d.record), _scratch(d.record)) for key, d in self.decisions.items() if d.record)
         return ("llmkernels", plan.source_digest(), self.settings.max_regions, chosen, [p.uuid() for p in self.theirs])
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -246,6 +249,11 @@ class SwapPass(CustomGraphPass):
             except TaskError as error:
                 self.refused.setdefault(key, []).append(str(error))
         return bool(replaced)
+
+
+def _scratch(record: Record) -> tuple[int, ...]:
+    """Bytes of the workspaces that a record's kernel needs here."""
+    return scratch_bytes(workspace_layouts(decode_spec(encode_spec(record)), torch.device(record.task.device)))
 
 
 def plan_of(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> Plan:

@@ -26,13 +26,23 @@ if TYPE_CHECKING:
 
 
 class RegionCall(ir.ExternKernel):
-    """`slot(*outputs, *workspaces, *inputs, *symbols)` in Inductor's Python wrapper."""
+    """`slot(*outputs, *workspaces, *inputs, *symbols)` in Inductor's Python wrapper.
 
-    def __init__(self, spec: str, tensors: Sequence[Any], written: Sequence[Any], symbols: Sequence[Any]) -> None:
+    Args:
+        spec: What the slot is bound from.
+        scratch: Bytes of each workspace among `tensors`.
+        tensors: Outputs, workspaces, inputs.
+        written: Those that the call writes; at least one.
+        symbols: Values of the task's symbols.
+    """
+
+    def __init__(
+        self, spec: str, scratch: tuple[int, ...], tensors: Sequence[Any], written: Sequence[Any], symbols: Sequence[Any]
+    ) -> None:
         self.device = written[0].get_device()
         none = ir.NoneLayout(device=self.device)
         super().__init__(None, none, self.unwrap_storage(list(tensors)), tuple(symbols))
-        self.spec = spec
+        self.spec, self.scratch = spec, scratch
         self.mutation_outputs = [ir.MutationOutput(none, buffer, self) for buffer in written]
         V.graph.register_operation(self)
         for buffer in written:
@@ -40,8 +50,9 @@ class RegionCall(ir.ExternKernel):
 
     def codegen(self, wrapper: Any) -> None:
         signature = op.decode_spec(self.spec).task.signature.replace(".", "_")
-        name = f"llmk_{signature}_{digest(self.spec)[:12]}"
-        wrapper.add_import_once(f"from torch_llmkernels.graph.op import bind as llmk_bind; {name} = llmk_bind({self.spec!r})")
+        name = f"llmk_{signature}_{digest([self.spec, self.scratch])[:12]}"
+        slot = f"llmk_bind({self.spec!r}, {self.scratch!r})"
+        wrapper.add_import_once(f"from torch_llmkernels.graph.op import bind as llmk_bind; {name} = {slot}")
         args = [buffer.codegen_reference() for buffer in self.inputs]
         args += [wrapper.val_to_arg_str(symbol) for symbol in self.constant_args]
         wrapper.writeline(f"{name}({', '.join(args)})")
@@ -104,5 +115,5 @@ def lower_region(spec: str, ins: Sequence[Any], syms: Sequence[Any]) -> list[Any
         layouts = op.workspace_layouts(decoded, device)
         workspaces = op.merged(decoded, layouts, prepared, functools.partial(_scratch, device=device))
         scratch = [w for w in workspaces if not any(w is p for p in prepared)]
-        RegionCall(spec, [*outputs, *workspaces, *inputs], [*outputs, *scratch], syms)
+        RegionCall(spec, op.scratch_bytes(layouts), [*outputs, *workspaces, *inputs], [*outputs, *scratch], syms)
     return outputs

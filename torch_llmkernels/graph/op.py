@@ -2,7 +2,9 @@
 
 A spec is everything a swapped region needs, as one string: its task, its kernel's source and constants. So a graph that torch
 loads from its compile cache in a fresh process, or on a machine without a compiler, still runs: `bind(spec)` builds the kernel,
-and where that fails the region runs its own program as the reference, with a logged reason.
+and where that fails the region runs its own program as the reference, with a logged reason. Generated code also names the sizes
+of the workspaces that it allocates (`bind(spec, scratch)`): those may depend on the device, and the code may have been generated
+on another one.
 """
 
 from __future__ import annotations
@@ -136,10 +138,11 @@ class Slot:
         reason: Why the region runs its reference; empty while it runs its kernel.
     """
 
-    __slots__ = ("_launchers", "_layouts", "_lock", "_range", "_settings", "_warned", "fn", "reason", "spec")
+    __slots__ = ("_launchers", "_layouts", "_lock", "_range", "_scratch", "_settings", "_warned", "fn", "reason", "spec")
 
-    def __init__(self, spec: Spec, settings: Settings) -> None:
+    def __init__(self, spec: Spec, settings: Settings, scratch: tuple[int, ...] | None = None) -> None:
         self.spec = spec
+        self._scratch = scratch
         self.fn: Callable[..., None] = self._first_call
         self.reason = ""
         self._settings = settings
@@ -218,6 +221,7 @@ class Slot:
         try:
             if device_type != self.spec.task.device:
                 raise NotApplicable(f"made for {self.spec.task.device}, called with tensors on {device_type}")
+            self._check_scratch(torch.device(device_type, index))
             with settings_module.using(self._settings):
                 return build_launcher(self.spec, self._settings, index)
         except LLMKernelsError as error:
@@ -227,27 +231,49 @@ class Slot:
             self.reason = str(error)
             return self.run_reference
 
+    def _check_scratch(self, device: torch.device) -> None:
+        """Refuse workspaces that generated code allocates and that are smaller than what the kernel writes here.
+
+        Checked once, when the kernel is built: the sizes are constants of the generated code.
+        """
+        needed = scratch_bytes(workspace_layouts(self.spec, device))
+        given = needed if self._scratch is None else self._scratch
+        if len(given) != len(needed) or any(has < needs for has, needs in zip(given, needed, strict=True)):
+            raise NotApplicable(
+                f"its graph was compiled where the kernel needs workspaces of {list(given)} bytes, here it needs {list(needed)}; "
+                "compile the model on this device"
+            )
+
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             log.warning("region %s %s", self.spec.label, message)
 
 
-_slots: dict[str, Slot] = {}
+_slots: dict[tuple[str, tuple[int, ...] | None], Slot] = {}
 _slots_lock = threading.Lock()
+_settings: dict[str, Settings] = {}
 
 
-def bind(spec: str, settings: Settings | None = None) -> Slot:
-    """The slot of a spec, one per process. Generated code calls this when it is loaded; the kernel is built at the first call.
+def set_settings(spec: str, settings: Settings) -> None:
+    """The knobs (store, compiler, strictness) of the compilation that swaps a spec in, for slots that are bound from now on."""
+    _settings[spec] = settings
+
+
+def bind(spec: str, scratch: tuple[int, ...] | None = None) -> Slot:
+    """The slot of a spec, one per process and `scratch`. Generated code calls this when it is loaded.
+
+    The kernel is built at the first call.
 
     Args:
         spec: From `encode_spec`.
-        settings: Knobs of the compilation (store, compiler, strictness); only the first bind of a spec can give them.
+        scratch: Bytes of each workspace that the caller passes; None: it asks `Slot.workspaces` for them.
     """
-    slot = _slots.get(spec)
+    slot = _slots.get((spec, scratch))
     if slot is None:
         with _slots_lock:
-            slot = _slots.setdefault(spec, Slot(decode_spec(spec), settings or settings_module.current()))
+            settings = _settings.get(spec) or settings_module.current()
+            slot = _slots.setdefault((spec, scratch), Slot(decode_spec(spec), settings, scratch))
     return slot
 
 
@@ -325,6 +351,11 @@ def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]
         return ()  # the build fails for the same reason, and says so
 
 
+def scratch_bytes(layouts: Sequence[Workspace]) -> tuple[int, ...]:
+    """The size of each workspace, as generated code names it when it binds."""
+    return tuple(layout.nbytes for layout in layouts)
+
+
 def merged(spec: Spec, layouts: Sequence[Workspace], prepared: Sequence[Any], make: Callable[[Workspace], Any]) -> list[Any]:
     """Every workspace in order: those of `Spec.prepared` from `prepared` (if given), the others made."""
     kept = iter(prepared)
@@ -348,7 +379,8 @@ def _eager_out(spec: str, outputs: list[torch.Tensor], inputs: list[torch.Tensor
 
 
 def _prepare(spec: str, constants: list[torch.Tensor]) -> list[torch.Tensor]:
-    return bind(spec).prepare(constants)
+    layouts = workspace_layouts(decode_spec(spec), constants[0].device)
+    return bind(spec, scratch_bytes(layouts)).prepare(constants)  # the slot that code which is generated here binds
 
 
 def _empty_prepared(spec: str, constants: list[torch.Tensor]) -> list[torch.Tensor]:
