@@ -14,7 +14,7 @@ from torch._inductor import compile_fx
 from torch._inductor.utils import fresh_cache
 
 from torch_llmkernels.evaluate import timing
-from torch_llmkernels.evaluate.baseline import compile_ahead, inductor
+from torch_llmkernels.evaluate.baseline import compile_ahead, inductor, wrapper
 from torch_llmkernels.evaluate.buffers import empty
 from torch_llmkernels.evaluate.timing import Stopwatch, agree, make_sets
 from torch_llmkernels.kernels.device import cpu_facts
@@ -133,6 +133,17 @@ def test_inductor_s_own_wrapper_is_the_baseline() -> None:
     fresh = [torch.randn_like(t) for t in inputs]
     (got,) = call(fresh)
     assert torch.allclose(got, torch.nn.functional.layer_norm(fresh[0], (64,), *fresh[1:]), atol=1e-5)
+
+
+def test_a_kernel_on_the_cpu_is_timed_beside_the_wrapper_that_the_baseline_pays(
+    stopwatch: Stopwatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paid: list[str] = []
+    monkeypatch.setattr(timing, "wrapper", lambda: lambda: paid.append("wrapper"))
+    for call in (calls := stopwatch._kernel_calls(lambda *_: paid.append("kernel"))):
+        call()
+    assert paid == ["kernel", "wrapper"] * len(calls)
+    assert wrapper()() is not None  # it compiles here
 
 
 def test_a_program_that_inductor_refuses_leaves_eager(monkeypatch: pytest.MonkeyPatch) -> None:

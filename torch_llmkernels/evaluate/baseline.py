@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,7 +53,7 @@ def compile_ahead(task: Task) -> None:
         return
     _ahead.add(task.key)
     try:
-        _compile_fx(task.at())
+        _compile_task(task.at())
     except Exception as error:  # `inductor` will say the same
         log.debug("no Inductor baseline for %s ahead: %s: %s", task.signature, type(error).__name__, error)
 
@@ -60,8 +61,36 @@ def compile_ahead(task: Task) -> None:
 _ahead: set[str] = set()  # keys of the tasks that this process has compiled ahead
 
 
-def _compile_fx(task: Task, **options: Any) -> Call:
-    """`compile_fx` on a static task.
+@functools.cache
+def wrapper() -> Callable[[], Any]:
+    """Inductor's wrapper on the CPU around almost nothing, one element plus one: what every call of `inductor` pays as well.
+
+    Inside a larger graph neither Inductor's code for the region nor a kernel pays it. Does nothing where it does not compile.
+    """
+    one = torch.ones(1)
+    try:
+        inner: list[Any] = []
+        _compile_fx(torch.fx.symbolic_trace(_PlusOne()), lambda: [torch.ones(1)], inner_compile=functools.partial(_keep, inner))
+        (compiled,) = inner
+        compiled([one])
+    except Exception as error:  # `inductor` fails in the same way, and eager is left
+        log.info("Inductor's wrapper alone was not measured: %s: %s", type(error).__name__, error)
+        return lambda: None
+    return lambda: compiled([one])
+
+
+class _PlusOne(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x + 1,)
+
+
+def _compile_task(task: Task, **options: Any) -> Call:
+    with precision(task.numerics):
+        return _compile_fx(module_of(task), lambda: [empty(t, task.device) for t in task.inputs], **options)
+
+
+def _compile_fx(module: torch.fx.GraphModule, make: Callable[[], list[torch.Tensor]], **options: Any) -> Call:
+    """`compile_fx` on a module and the inputs that `make` makes.
 
     The inputs are fake, with sizes that are no symbols (Inductor would give symbolic ones to an input that it makes fake itself),
     in a tracing context with a shape environment, without which Inductor would not use its cache. AOTAutograd's cache stays off:
@@ -71,24 +100,24 @@ def _compile_fx(task: Task, **options: Any) -> Call:
 
     fake = FakeTensorMode(shape_env=ShapeEnv())
     with fake:
-        inputs = [empty(t, task.device) for t in task.inputs]
+        inputs = make()
     no_cache = torch._functorch.config.patch(enable_autograd_cache=False)
-    with torch.no_grad(), precision(task.numerics), tracing(TracingContext(fake)), no_cache:
-        return compile_fx(module_of(task), inputs, **options)
+    with torch.no_grad(), tracing(TracingContext(fake)), no_cache:
+        return compile_fx(module, inputs, **options)
+
+
+def _keep(inner: list[Any], *args: Any, **kwargs: Any) -> Any:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    inner.append(compile_fx_inner(*args, **kwargs))
+    return inner[-1]
 
 
 def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> Call | None:
-    from torch._inductor.compile_fx import compile_fx_inner
-
     inner: list[Any] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        inner.append(compile_fx_inner(*args, **kwargs))
-        return inner[-1]
-
     patches = {"max_autotune": True} if max_autotune else {}
     try:
-        whole = _compile_fx(task, inner_compile=keep, config_patches=patches)
+        whole = _compile_task(task, inner_compile=functools.partial(_keep, inner), config_patches=patches)
         with torch.no_grad(), precision(task.numerics):
             expected = whole(*inputs)
             return _inner_call(inner, inputs, expected) or (lambda tensors: whole(*tensors))

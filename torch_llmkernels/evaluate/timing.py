@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from torch_llmkernels.evaluate.baseline import eager, inductor
+from torch_llmkernels.evaluate.baseline import eager, inductor, wrapper
 from torch_llmkernels.evaluate.buffers import FINITE_BYTE, assign, dtype_of, empty, span_bytes
 from torch_llmkernels.evaluate.inputs import InputGenerator
 from torch_llmkernels.evaluate.reference import precision
@@ -240,7 +240,9 @@ class Stopwatch:
         return Times(kernel.median, lower_spread(turns_of[best]), times, ratios, mismatch)
 
     def _kernel_calls(self, run: Run) -> list[Callable[[], Any]]:
-        return [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
+        """Calls of the candidate; on the CPU each beside a call of Inductor's wrapper, which the compiled baseline pays too."""
+        calls = [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
+        return calls if self._task.device == "cuda" else [_both(call, wrapper()) for call in calls]
 
     def _baselines(self, max_autotune: bool) -> list[Subject]:
         found = [("eager", eager(self._task)), ("inductor", inductor(self._task, self._sets[0].inputs))]
@@ -365,6 +367,10 @@ def agree(a: torch.Tensor, b: torch.Tensor) -> bool:
     same = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isinf(), b.isinf())
     x, y = (torch.where(t.isfinite(), t, 0).double() for t in (a, b))
     return same and float((x - y).norm()) <= 64 * torch.finfo(a.dtype).eps * float(y.norm())
+
+
+def _both(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: (first(), second())
 
 
 def _bound(call: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
