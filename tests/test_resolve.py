@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.records import KERNEL, evaluation
 from tests.tasks import layer_norm_task, softmax_task
@@ -18,8 +21,10 @@ from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluate.candidate import Binaries
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import Evaluation, Record, Status
+from torch_llmkernels.kernels import cuda
+from torch_llmkernels.kernels.device import DeviceFacts
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
-from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.kernels.targets import on_device_of, target_for
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
 
@@ -264,10 +269,62 @@ def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(
 
     monkeypatch.setattr(resolve, "worker", lambda settings, purpose: Compiler())
     other = layer_norm_task(16, 64)
-    make()._compile_ahead([TASK, other], str(tmp_path), threading.Event())
+    make()._compile_ahead([TASK, other], str(tmp_path), threading.Event(), 0)
     found = {compiled.get(timeout=60) for _ in range(4)}
     assert {job[:2] for job in found} == {(task.key, name) for task in (TASK, other) for name in ("slow", "fast")}
     assert sorted(key for key, _, baseline in found if baseline) == sorted([TASK.key, other.key])
+
+
+def test_a_rank_verifies_on_its_own_device(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 5 of a host sets device 5 before it compiles: its facts, evaluations and compilations ahead are of that one."""
+    make, _ = setup
+    seen: list[int | None] = []
+    jobs: list[Job] = []
+
+    class Fifth(type(target_for("cpu"))):
+        def current(self) -> int:
+            return 5
+
+        def facts(self, index: int | None = None) -> DeviceFacts:
+            seen.append(index)
+            return super().facts(index)
+
+    class Recorder:
+        def evaluate(self, job: Job) -> Evaluation:
+            jobs.append(job)
+            return evaluation(Status.WRONG)
+
+        def compile(self, job: Job) -> None:
+            jobs.append(job)
+
+    monkeypatch.undo()  # of the script
+    monkeypatch.setattr(resolve, "target_for", lambda name: Fifth())
+    monkeypatch.setattr(resolve, "worker", lambda settings, purpose="": Recorder())
+    monkeypatch.setattr(resolve, "AHEAD", {"cpu"})
+    resolver = make()
+    other = layer_norm_task(16, 64)
+    with resolver.compiling_ahead([TASK, other]):
+        resolver.decide(TASK)
+        join_ahead()
+    assert {job.device_index for job in jobs} == {5} and len(jobs) >= 2
+    assert set(seen) <= {None, 5} and 5 in seen  # None is the current device, 5 what a thread of its own has to be told
+
+
+def test_facts_are_of_the_current_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(cuda, "cuda_facts", lambda index: f"facts of device {index}")
+    assert target_for("cuda").facts() == "facts of device 5"
+    assert target_for("cuda").facts(1) == "facts of device 1"
+
+
+def test_the_device_of_a_graph_s_tensors_is_made_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext(entered.append(index)))
+    on_host, on_third = torch.empty(1), SimpleNamespace(is_cuda=True, device=torch.device("cuda:3"))
+    with on_device_of([4, on_host]):
+        assert entered == []
+    with on_device_of([4, on_host, on_third]):
+        assert entered == [3]
 
 
 def join_ahead() -> None:
@@ -281,7 +338,7 @@ def test_nothing_is_started_ahead_where_every_decision_is_known(setup, monkeypat
     started: list[list[str]] = []
     monkeypatch.setattr(resolve, "AHEAD", {"cpu"})
     monkeypatch.setattr(
-        resolve.Resolver, "_compile_ahead", lambda self, tasks, folder, ended: started.append([t.key for t in tasks])
+        resolve.Resolver, "_compile_ahead", lambda self, tasks, folder, ended, index: started.append([t.key for t in tasks])
     )
     resolver = make()
     tasks = [TASK, layer_norm_task(16, 64)]

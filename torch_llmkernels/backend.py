@@ -40,6 +40,7 @@ from torch_llmkernels.graph.regions import Region, find_regions
 from torch_llmkernels.graph.scan import might_match
 from torch_llmkernels.graph.swap import swap, tidy
 from torch_llmkernels.graph.task_of import RegionTask, task_of
+from torch_llmkernels.kernels.targets import on_device_of
 from torch_llmkernels.options import Request, read_request
 from torch_llmkernels.plan import Plan
 from torch_llmkernels.registry import GraphReport, RegionReport
@@ -72,7 +73,9 @@ def llmkernels(
         return compile_plain(gm, example_inputs, request, reason)
     try:
         found = plan_of(gm, example_inputs, request)
-        swaps = SwapPass(found.tasks, decide(found.tasks, request), request)
+        with on_device_of((*example_inputs, *gm.parameters())):
+            decisions = decide(found.tasks, request)
+        swaps = SwapPass(found.tasks, decisions, request)
         compiled = compile_swapped(gm, example_inputs, request, swaps) if swaps.wanted else None
     except torch._dynamo.exc.TorchDynamoException:
         raise  # Dynamo's own control flow, such as a restart of its analysis

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import queue
@@ -23,7 +24,7 @@ from typing import Any
 from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.library import Library, default_library
 from torch_llmkernels.cache.store import BaseStore, open_store
-from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.errors import LLMKernelsError, ToolchainMissing
 from torch_llmkernels.evaluate.candidate import Binaries
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import Decision, Evaluation, Record, Status
@@ -46,11 +47,22 @@ TRIES = {Status.TIMEOUT: 3, Status.FAILED: 3, Status.CRASHED: 2}
 a process at most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
 
 
+LIBRARY = "library"
+"""How `Record.origin` begins for a kernel of the library that it was verified from."""
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Once in a process: what is missing on a machine is missing for every region."""
+    log.warning("%s", message)
+
+
 def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
     """One decision per task, in order; equal tasks share one.
 
     Raises:
-        LLMKernelsError: with `on_miss="error"`, for the first task without a kernel worth swapping in.
+        LLMKernelsError: with `on_miss="error"`, for the first task that no kernel serves correctly.
+        ToolchainMissing: with `strict`, if no kernel can run on a task's device.
     """
     resolver = Resolver(settings)
     distinct = list({task.key: task for task in tasks}.values())
@@ -90,10 +102,10 @@ class Resolver:
             return Decision(None, "kept Inductor: swap='none'")
         target = target_for(task.device)
         if reason := target.unavailable():
-            return Decision(None, f"kept Inductor: {reason}")
+            return self._without_target(task.device, reason)
         facts = target.facts()
         key = RecordKey.of(task, facts)
-        known = self.store.decision(key) or Decision(None, "nothing verified yet")
+        known = self.known(key) or Decision(None, "nothing verified yet")
         candidates = self.unverified(task, facts, known)
         if candidates:
             self._start_ahead()
@@ -104,6 +116,36 @@ class Resolver:
             reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
             decision = dataclasses.replace(decision, reason=reason)
         return decision if decision.record else self._miss(task, facts, key, decision)
+
+    def _without_target(self, device: str, reason: str) -> Decision:
+        """The decision for a device that no kernel can run on: all of its regions are lost, so it is said once, aloud."""
+        if self.settings.strict:
+            raise ToolchainMissing(f"{reason} (strict=True; without it, regions on {device} stay with Inductor)")
+        _warn_once(f"regions on {device} stay with Inductor: {reason}")
+        return Decision(None, f"kept Inductor: {reason}")
+
+    def known(self, key: RecordKey, explained: bool = True) -> Decision | None:
+        """What the store remembers for `key`, as far as it holds for the library in use; None is a miss.
+
+        A library's kernel that this library does not have (another `library_dir`, or an edited file) is not used, and what
+        the others were measured at is lost with it: they are verified again.
+        """
+        found = self.store.decision(key, explained)
+        if found is None or found.record is None or not found.record.origin.startswith(LIBRARY):
+            return found
+        record = found.record
+        if self._holds(parse_kernel(record.kernel_text, record.kernel_name), record.task):
+            return found
+        return Decision(None, "nothing verified yet", tuple((n, e) for n, e in found.tried if not e.status.is_correct))
+
+    def _holds(self, kernel: Kernel, task: Task) -> bool:
+        """Whether this kernel, as it is, is a file of the library in use."""
+        return kernel.label in {other.label for other in self.library.kernels(task.signature, task.device)}
+
+    def _origin(self, kernel: Kernel, task: Task, record: Record | None) -> str:
+        """Where a kernel comes from: `library` first, if the library in use has it."""
+        origin = record.origin if record else LIBRARY
+        return origin if origin.startswith(LIBRARY) or not self._holds(kernel, task) else f"{LIBRARY}, {origin}"
 
     @property
     def binaries(self) -> str:
@@ -131,22 +173,23 @@ class Resolver:
         """Start what `compiling_ahead` was asked for, once."""
         if self._ahead is not None:
             (tasks, ended), self._ahead = self._ahead, None
-            args = tasks, self.binaries, ended  # the folder is made before there are two threads
+            # the folder is made before there are two threads; a thread starts on device 0, whichever is current here
+            args = tasks, self.binaries, ended, target_for(tasks[0].device).current()
             threading.Thread(target=self._compile_ahead, args=args, name="llmkernels-ahead", daemon=True).start()
 
-    def _compile_ahead(self, tasks: Sequence[Task], folder: str, ended: threading.Event) -> None:
+    def _compile_ahead(self, tasks: Sequence[Task], folder: str, ended: threading.Event, index: int) -> None:
         """The thread of `_start_ahead`."""
         try:
             with using(self.settings):
                 target = target_for(tasks[0].device)
                 if target.unavailable():
                     return
-                facts, other = target.facts(), Resolver(self.settings, self.library, self.store)
+                facts, other = target.facts(index), Resolver(self.settings, self.library, self.store)
                 jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
                 for task in tasks:
-                    known = self.store.decision(RecordKey.of(task, facts), explained=False) or Decision(None, "")
+                    known = self.known(RecordKey.of(task, facts), explained=False) or Decision(None, "")
                     for position, (kernel, record) in enumerate(other.unverified(task, facts, known)):
-                        job = job_of(task, kernel, record, self.settings, folder)
+                        job = job_of(task, kernel, record, self.settings, folder, index)
                         jobs.put(dataclasses.replace(job, timed=job.timed and position == 0))  # the baseline once per task
                 for number in range(min(COMPILERS, jobs.qsize())):
                     compiler = worker(self.settings, f"compile {number}")
@@ -191,7 +234,7 @@ class Resolver:
         with self.store.lock(key.text) as mine:
             if not mine:
                 return dataclasses.replace(known, reason="kept Inductor: another process is verifying this task")
-            known = self.store.decision(key, explained=False) or known
+            known = self.known(key, explained=False) or known
             complete = True
             for kernel, record in candidates:
                 left = self.deadline - time.monotonic()
@@ -202,7 +245,7 @@ class Resolver:
                 log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
                 if evaluation.status in TRIES:
                     _failed_here.add((self.store.directory, key.text, kernel.label))
-                known = merge(known, task, kernel, evaluation, facts, origin=record.origin if record else "library")
+                known = merge(known, task, kernel, evaluation, facts, origin=self._origin(kernel, task, record))
                 self.store.put_decision(key, known)
         if known.record is not None:
             self._keep_binary(known.record, facts)
@@ -223,6 +266,8 @@ class Resolver:
         if self.settings.on_miss == "fallback":
             return decision
         if self.settings.on_miss == "error":
+            if any(evaluation.status.is_correct for _, evaluation in decision.tried):
+                return decision  # a kernel serves it, Inductor is faster
             raise LLMKernelsError(f"{task.signature} {task.key}: {decision.reason} (on_miss='error')")
         from torch_llmkernels.search import on_miss  # only a miss pays for importing the search
 
@@ -287,19 +332,20 @@ def _in_words(status: Status, times: int) -> str:
 
 
 def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "") -> Evaluation:
-    """Check and time one kernel in this process's worker; a record's constants are taken, others are tuned.
+    """Check and time one kernel on the current device, in this process's worker; a record's constants are taken, others tuned.
 
     Args:
         binaries: Folder of compiled code that the worker looks in and adds to.
     """
-    return worker(settings).evaluate(job_of(task, kernel, record, settings, binaries))
+    index = target_for(task.device).current()
+    return worker(settings).evaluate(job_of(task, kernel, record, settings, binaries, index))
 
 
-def job_of(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str) -> Job:
-    """The evaluation that decides whether a kernel is swapped in."""
+def job_of(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str, index: int) -> Job:
+    """The evaluation that decides whether a kernel is swapped in, on device `index`."""
     return Job(
         task=task, kernel_text=kernel.text, kernel_name=kernel.name, tier=settings.verify, timed=settings.swap == "fastest",
-        constants=dict(record.constants) if record else None, brief=True, binaries=binaries,
+        constants=dict(record.constants) if record else None, brief=True, binaries=binaries, device_index=index,
     )  # fmt: skip
 
 

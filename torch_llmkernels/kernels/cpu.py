@@ -73,7 +73,10 @@ class CpuTarget:
             return str(error)
         return None
 
-    def facts(self, index: int = 0) -> DeviceFacts:
+    def current(self) -> int:
+        return 0
+
+    def facts(self, index: int | None = None) -> DeviceFacts:
         if self.unavailable():
             return cpu_facts()
         return dataclasses.replace(cpu_facts(), driver=_version(compiler()))  # another compiler makes another kernel of a source

@@ -32,8 +32,13 @@ class CudaTarget:
 
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
-    def facts(self, index: int = 0) -> DeviceFacts:
-        return cuda_facts(index)
+    def current(self) -> int:
+        import torch
+
+        return torch.cuda.current_device()
+
+    def facts(self, index: int | None = None) -> DeviceFacts:
+        return cuda_facts(self.current() if index is None else index)
 
     def binary_key(self, kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts) -> str:
         macros = _macros(kernel, task, constants, facts)
@@ -52,10 +57,8 @@ class CudaTarget:
         facts: DeviceFacts,
         index: int | None = None,
     ) -> CudaLauncher:
-        import torch
-
         launcher = CudaLauncher(binary, kernel, task, constants, facts)
-        launcher.load_on(torch.cuda.current_device() if index is None else index)
+        launcher.load_on(self.current() if index is None else index)
         return launcher
 
 

@@ -7,9 +7,10 @@ launcher(*outputs, *workspaces, *inputs, *symbol_values)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch_llmkernels.errors import SchemaError, ToolchainMissing
@@ -98,8 +99,11 @@ class Target(Protocol):
     def unavailable(self) -> str | None:
         """Why kernels cannot run on this target here, or None."""
 
-    def facts(self, index: int = 0) -> DeviceFacts:
-        """Facts of device `index`."""
+    def current(self) -> int:
+        """Index of the device that is current in this thread."""
+
+    def facts(self, index: int | None = None) -> DeviceFacts:
+        """Facts of device `index` (default: the current one)."""
 
     def binary_key(self, kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts) -> str:
         """What `compile` would give the binary as its key, without compiling."""
@@ -136,6 +140,20 @@ class BinaryStore(Protocol):
     def binary(self, key: str) -> bytes | None: ...
 
     def put_binary(self, key: str, code: bytes) -> None: ...
+
+
+@contextlib.contextmanager
+def on_device_of(values: Iterable[Any]) -> Iterator[None]:
+    """Make the CUDA device of the first CUDA tensor among `values` the current one: facts, checks and times are of it then."""
+    indexes = (value.device.index for value in values if getattr(value, "is_cuda", False))
+    index = next(indexes, None)
+    if index is None:
+        yield
+        return
+    import torch
+
+    with torch.cuda.device(index):
+        yield
 
 
 def target_for(name: str) -> Target:

@@ -30,7 +30,7 @@ from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
 from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph_decision import GraphDecision, recall, remember
 from torch_llmkernels.kernels.source import parse_kernel
-from torch_llmkernels.kernels.targets import build, target_for
+from torch_llmkernels.kernels.targets import build, on_device_of, target_for
 from torch_llmkernels.plan import record_digest
 from torch_llmkernels.precompilation.budget import Budget
 from torch_llmkernels.precompilation.table import bar, text
@@ -144,32 +144,33 @@ def precompile(
         check_devices(model, call)
     if export:
         check_writable(Path(export))
-    model_ms = eager_ms(model, calls, training)  # first: inputs that the model does not take are its own error, not Dynamo's
-    graphs = capture_graphs(model, calls, training=training, mode=mode, options=options)
-    regions = plan_regions(graphs, model_ms, settings)
-    skipped = tuple((s.signature, s.reason) for graph in graphs for s in graph.skipped)
-    report = PrecompileReport(
-        tuple(regions), (), len(graphs), skipped, model_ms, 0.0, False, dry_run, budget_tokens=budget_tokens
-    )  # fmt: skip
-    if dry_run:
-        return dataclasses.replace(report, seconds=time.monotonic() - begin)
-    spending = Budget(begin + budget * (1 - GRAPH_SHARE), budget_tokens)
-    regions = decide(regions, settings, spending, progress)
-    compile_options = {"mode": mode, "options": dict(options) if options else None}
-    left = max(budget - (time.monotonic() - begin), 1.0)
-    decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
-    build_all(winners(regions), settings)
-    exported = _export(export, regions, decided, settings) if export else None
-    complete = not any(r.is_open for r in regions)
-    return dataclasses.replace(
-        report,
-        regions=tuple(regions),
-        graphs=tuple(decided),
-        seconds=time.monotonic() - begin,
-        complete=complete,
-        exported=exported,
-        tokens=spending.used,
-    )
+    with on_device_of(_tensors(model, calls)):
+        model_ms = eager_ms(model, calls, training)  # first: inputs that the model does not take are its own error, not Dynamo's
+        graphs = capture_graphs(model, calls, training=training, mode=mode, options=options)
+        regions = plan_regions(graphs, model_ms, settings)
+        skipped = tuple((s.signature, s.reason) for graph in graphs for s in graph.skipped)
+        report = PrecompileReport(
+            tuple(regions), (), len(graphs), skipped, model_ms, 0.0, False, dry_run, budget_tokens=budget_tokens
+        )  # fmt: skip
+        if dry_run:
+            return dataclasses.replace(report, seconds=time.monotonic() - begin)
+        spending = Budget(begin + budget * (1 - GRAPH_SHARE), budget_tokens)
+        regions = decide(regions, settings, spending, progress)
+        compile_options = {"mode": mode, "options": dict(options) if options else None}
+        left = max(budget - (time.monotonic() - begin), 1.0)
+        decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
+        build_all(winners(regions), settings)
+        exported = _export(export, regions, decided, settings) if export else None
+        complete = not any(r.is_open for r in regions)
+        return dataclasses.replace(
+            report,
+            regions=tuple(regions),
+            graphs=tuple(decided),
+            seconds=time.monotonic() - begin,
+            complete=complete,
+            exported=exported,
+            tokens=spending.used,
+        )
 
 
 def check_writable(path: Path) -> None:
@@ -200,9 +201,13 @@ def eager_ms(model: Any, calls: Sequence[Call], training: bool) -> float:
 
 
 def _device(model: Any, calls: Sequence[Call]) -> str:
+    return "cuda" if any(tensor.is_cuda for tensor in _tensors(model, calls)) else "cpu"
+
+
+def _tensors(model: Any, calls: Sequence[Call]) -> tuple[torch.Tensor, ...]:
+    """The model's parameters and the tensors that it is called with."""
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    tensors = (*parameters, *(tensor for call in calls for _, tensor in call.tensors))
-    return "cuda" if any(tensor.is_cuda for tensor in tensors) else "cpu"
+    return (*parameters, *(tensor for call in calls for _, tensor in call.tensors))
 
 
 def decide(regions: Sequence[PlannedRegion], settings: Settings, budget: Budget, progress: bool = False) -> list[PlannedRegion]:
@@ -255,7 +260,7 @@ def _left_open(region: PlannedRegion, note: str) -> PlannedRegion:
 def _decided(region: PlannedRegion, resolver: Resolver, decision: Decision, note: str) -> PlannedRegion:
     """The region with what is known now; `note`: why a search for it is still to come, or empty."""
     facts = target_for(region.task.device).facts()
-    unfinished = unverified(resolver, region.task, facts, resolver.store.decision(RecordKey.of(region.task, facts)))
+    unfinished = unverified(resolver, region.task, facts, resolver.known(RecordKey.of(region.task, facts)))
     to_search = bool(note) and decision.record is None
     state = "unverified" if unfinished else "search" if to_search else "miss" if region.state == "miss" else "decided"
     region_ms = best_baseline_ms(decision) or region.region_ms

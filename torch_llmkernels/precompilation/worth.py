@@ -94,7 +94,7 @@ def _planned(task: Task, count: int, model_ms: float, resolver: Resolver) -> Pla
     if reason := target.unavailable():
         return PlannedRegion(task, count, "unavailable", decision=Decision(None, f"kept Inductor: {reason}"))
     facts, settings = target.facts(), resolver.settings
-    known = resolver.store.decision(RecordKey.of(task, facts))
+    known = resolver.known(RecordKey.of(task, facts))
     kernels = unverified(resolver, task, facts, known)
     chosen = choose(known, task, settings) if known else None
     searching = bool(settings.provider) and not (chosen and chosen.record)
@@ -134,7 +134,7 @@ def _eager_region_ms(task: Task) -> float:
 
 
 def _floor_ms(task: Task, facts: DeviceFacts) -> float:
-    return floor(task, facts, measure_ceilings(task.device)).ms
+    return floor(task, facts, measure_ceilings(task.device, target_for(task.device).current())).ms
 
 
 def _estimate(task: Task, facts: DeviceFacts, kernels: Sequence[Kernel], search: Settings | None) -> tuple[float, int]:

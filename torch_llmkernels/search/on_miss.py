@@ -23,6 +23,7 @@ from torch_llmkernels.cache.store import BaseStore, open_store
 from torch_llmkernels.errors import SearchError
 from torch_llmkernels.evaluation import Record
 from torch_llmkernels.kernels.device import DeviceFacts
+from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.search import budget, journal, progress
 from torch_llmkernels.search.commands import bank
 from torch_llmkernels.search.engine import run_search
@@ -101,7 +102,8 @@ def _search_now(task: Task, facts: DeviceFacts, folder: Path, settings: Settings
     from torch_llmkernels.evaluate.pool import LocalPool
     from torch_llmkernels.evaluate.roofline import floor, measure_ceilings
 
-    ceilings = measure_ceilings(task.device)
+    index = target_for(task.device).current()
+    ceilings = measure_ceilings(task.device, index)
     limits = budget.preset(
         settings.preset, max_tokens=settings.search_budget_tokens, max_seconds=settings.search_budget_s
     )  # fmt: skip
@@ -109,7 +111,7 @@ def _search_now(task: Task, facts: DeviceFacts, folder: Path, settings: Settings
         settings.provider, folder, models=settings.model, base_url=settings.base_url, api_key_env=settings.api_key_env,
         wait_s=settings.search_budget_s, concurrency=limits.concurrency,
     )  # fmt: skip
-    with LocalPool((0,), settings) as pool:
+    with LocalPool((index,), settings) as pool:
         found = run_search(
             task, limits, provider=provider, pool=pool, facts=facts.to_json(), directory=folder, ceilings=ceilings.to_json(),
             floor=dataclasses.asdict(floor(task, facts, ceilings)), bank=bank(task), progress=_line(task),
@@ -137,6 +139,8 @@ def _start_behind(task: Task, settings: Settings) -> None:
     child = _behind.get(task.key)
     if child is not None and child.poll() is None:
         return
+    import torch
+
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLMKERNELS_")}
     child = subprocess.Popen(
         [sys.executable, "-m", "torch_llmkernels.search.on_miss"],
@@ -144,7 +148,12 @@ def _start_behind(task: Task, settings: Settings) -> None:
         stdout=subprocess.DEVNULL,
         env=environment,
     )
-    wanted = {"task": task.to_json(), "settings": dataclasses.asdict(dataclasses.replace(settings, on_miss="search"))}
+    wanted = {
+        "task": task.to_json(),
+        "settings": dataclasses.asdict(dataclasses.replace(settings, on_miss="search")),
+        "device": target_for(task.device).current(),
+        "threads": torch.get_num_threads(),
+    }
     assert child.stdin is not None
     child.stdin.write(json.dumps(wanted).encode() + b"\n")
     child.stdin.flush()
@@ -153,11 +162,19 @@ def _start_behind(task: Task, settings: Settings) -> None:
 
 
 def main() -> None:
-    """The child: one task and its settings on the first line of standard input; end of input ends the process."""
+    """The child: on the first line of standard input one task, its settings, its device and number of threads.
+
+    The end of input ends the process.
+    """
+    import torch
+
     wanted = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     settings = Settings().updated(wanted["settings"])
     task = Task.from_json(wanted["task"])
+    torch.set_num_threads(wanted["threads"])
+    if task.device == "cuda":
+        torch.cuda.set_device(wanted["device"])
     with knobs.override(**wanted["settings"]):
         found = remember_winner(task, settings)
     log.info("%s", found)
@@ -169,8 +186,6 @@ def remember_winner(task: Task, settings: Settings) -> str:
     Raises:
         SearchError: if the task's device is not here.
     """
-    from torch_llmkernels.kernels.targets import target_for
-
     target = target_for(task.device)
     if reason := target.unavailable():
         raise SearchError(f"{task.signature} cannot be searched here: {reason}")
