@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from torch_llmkernels.graph.regions import find_regions
 from torch_llmkernels.graph.task_of import RegionTask, task_of
+from torch_llmkernels.program import module_of
 from torch_llmkernels.task import Task
 
 
@@ -39,6 +40,20 @@ def test_layer_norm_task_says_everything() -> None:
     assert task.param == {"eps": 1e-5, "normalized_shape": (8,)}
     assert (task.results, task.device, task.symbols) == (("n1",), "cpu", ())
     assert Task.from_json(task.to_json()).key == task.key
+
+
+def test_scalar_tensors_keep_integers_integers() -> None:
+    """In an integer call the scalar is an integer, in a floating one a float: the program gives the dtype that the graph gives."""
+    x = torch.arange(12).reshape(3, 4)
+    for call in (
+        lambda x: (x * torch.full([], 3)).sum(-1),
+        lambda x: torch.where(x > 0, x, torch.full([], 7)).sum(-1),
+        lambda x: (x.float() * torch.full([], 3)).sum(-1),
+    ):
+        task = only(capture(call, x))
+        (got,) = module_of(task)(x if task.inputs[0].dtype == "int64" else x.float())
+        assert got.dtype is getattr(torch, task.outputs[0].dtype)
+        torch.testing.assert_close(got, call(x))
 
 
 def test_call_site_spelling_does_not_matter() -> None:

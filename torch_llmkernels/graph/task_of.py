@@ -141,7 +141,7 @@ class _Program:
 
     def _encoded(self, node: fx.Node, name: str, value: Any) -> Any:
         if isinstance(value, fx.Node) and literal_of(value) is not None:
-            value = float(literal_of(value))  # type: ignore[arg-type]
+            value = _scalar(node, value)
         if is_tensor(value):
             return {"v": self._operand(node, name, value)}
         if isinstance(value, fx.Node) and value.meta.get("val", value) is None:
@@ -189,6 +189,15 @@ class _Program:
             chosen = f"{wanted}_{count}"
         self.params[chosen] = value
         return chosen
+
+
+def _scalar(node: fx.Node, operand: fx.Node) -> int | float | bool:
+    """What a scalar-making operand of a call holds: a float in a floating call, as a literal is, else of the operand's dtype."""
+    literal, dtype = literal_of(operand), operand.meta["val"].dtype
+    assert literal is not None
+    if dtype.is_floating_point or node.meta["val"].is_floating_point():
+        return float(literal)
+    return bool(literal) if dtype is torch.bool else int(literal)
 
 
 def _rewritten(
