@@ -33,7 +33,7 @@ def test_presets_are_frozen_and_every_number_can_be_changed() -> None:
     ("values", "words"),
     [
         ({"ronds": 3}, "did you mean 'rounds'"),
-        ({"rounds": "many"}, "not a int"),
+        ({"rounds": "many"}, "not an integer"),
         ({"rounds": 0}, "at least 1"),
         ({"max_tokens": -1}, "negative"),
         ({"prices": [("m", "x", 1)]}, "prices"),

@@ -169,6 +169,26 @@ def test_doctor_reports_what_is_here(store: Store, tmp_path: Path) -> None:
     assert "cpu: ln" in report["layer_norm"].detail
 
 
+def test_doctor_finds_nothing_wrong_with_the_shipped_library(tmp_path: Path) -> None:
+    """Kernels that implement several signatures stand in one folder; a file is broken if it does not parse."""
+    findings = examine(Settings(cache_dir=str(tmp_path / "store")))
+    assert [finding for finding in findings if finding.state == "problem"] == []
+    assert "conv2d" in {finding.topic.strip() for finding in findings}
+
+
+def test_doctor_names_the_broken_file_and_its_error(store: Store, tmp_path: Path, monkeypatch, capsys) -> None:
+    for folder, name in (("layer_norm", "bad.cpp"), ("softmax", "worse.cu")):
+        path = tmp_path / "library" / folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("/*---\n---*/ no header" if name == "bad.cpp" else "no header")
+    problems = [f for f in examine(Settings.from_environment()) if f.state == "problem"]
+    assert [(f.topic.strip(), "bad.cpp" in f.detail or "worse.cu" in f.detail) for f in problems] == [
+        ("layer_norm", True), ("softmax", True)
+    ]  # fmt: skip
+    assert all("header" in f.detail for f in problems)
+    assert main(["doctor"]) == 1
+
+
 def test_doctor_finds_problems(store: Store, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

@@ -17,7 +17,7 @@ from tests.tasks import layer_norm_task, softmax_task
 from torch_llmkernels import resolve
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.cache.store import Store
-from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.errors import LLMKernelsError, ToolchainMissing
 from torch_llmkernels.evaluate.candidate import Binaries
 from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluation import Evaluation, Record, Status
@@ -218,10 +218,47 @@ def test_no_kernel_of_the_signature(setup) -> None:
     assert make().decide(softmax_task()).reason == "kept Inductor: no kernel implements softmax for this task on cpu"
 
 
-def test_on_miss_error_raises(setup) -> None:
-    make, _ = setup
+def test_on_miss_error_raises_where_no_kernel_serves(setup) -> None:
+    make, script = setup
     with pytest.raises(LLMKernelsError, match="softmax"):
         make(on_miss="error").decide(softmax_task())
+    script.outcomes = {"slow": evaluation(Status.WRONG), "fast": timed(4.0)}
+    assert "0.50x the best baseline" in make(on_miss="error").decide(TASK).reason  # it serves, Inductor is faster
+
+
+def test_a_decision_holds_for_the_library_it_was_made_with(setup, tmp_path: Path) -> None:
+    """What the store remembers of another library's kernel is not swapped in; of those that were tried, the next best is."""
+    make, script = setup
+    resolver = make()
+    assert resolver.decide(TASK).record.kernel_name == "fast"
+    script.asked.clear()
+    one = tmp_path / "one" / "layer_norm"
+    one.mkdir(parents=True)
+    (one / "slow.cpp").write_text(KERNEL)
+    other = resolve.Resolver(Settings(), Library(one.parent), resolver.store)
+    assert other.decide(TASK).record.kernel_name == "slow" and script.asked == []
+    (tmp_path / "none").mkdir()
+    decision = resolve.Resolver(Settings(), Library(tmp_path / "none"), resolver.store).decide(TASK)
+    assert decision.record is None and "no kernel implements layer_norm" in decision.reason
+    assert make().decide(TASK).record.kernel_name == "fast" and script.asked == []
+
+
+def test_what_a_search_found_holds_for_every_library(setup, tmp_path: Path) -> None:
+    make, _ = setup
+    resolver = make()
+    key = resolve.RecordKey.of(TASK, target_for("cpu").facts())
+    resolver.store.put_winner(key, Record(TASK, "found", FAST, (), key.device_kind, timed(0.5), "search:autumn"))
+    decision = resolve.Resolver(Settings(), Library(tmp_path / "none"), resolver.store).decide(TASK)
+    assert decision.record is not None and decision.record.kernel_name == "found"
+
+
+def test_without_a_compiler_it_is_said_once_and_strict_raises(setup, caplog: pytest.LogCaptureFixture) -> None:
+    make, _ = setup
+    for _ in range(2):
+        assert "no C++ compiler" in make(cxx="/nowhere/g++").decide(TASK).reason
+    assert caplog.text.count("regions on cpu stay with Inductor: no C++ compiler (/nowhere/g++)") == 1
+    with pytest.raises(ToolchainMissing, match="strict=True"):
+        make(cxx="/nowhere/g++", strict=True).decide(TASK)
 
 
 def test_a_spent_verification_budget_keeps_inductor_until_the_next_time(setup) -> None:

@@ -38,11 +38,12 @@ def test_false_has_several_spellings(text: str) -> None:
     ("name", "value", "reason"),
     [
         ("STRICT", "ture", "not a boolean"),
-        ("FUEL", "three", "not a int"),
-        ("FUEL", "1.5", "not a int"),
-        ("MIN_SPEEDUP", "fast", "not a float"),
+        ("FUEL", "three", "not an integer"),
+        ("FUEL", "1.5", "not an integer"),
+        ("MIN_SPEEDUP", "fast", "not a number"),
         ("VERIFY_BUDGET_S", "nan", "not a number"),
         ("MAX_REGIONS", "-1", "below 0"),
+        ("FUEL", "-2", "below -1"),
         ("ON_MISS", "panic", "'fallback', 'search', 'background', 'error'"),
     ],
 )

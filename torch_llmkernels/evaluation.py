@@ -222,7 +222,7 @@ class Record:
         constants: Chosen tunables.
         device_kind: Slug of the device's kind, such as `nvidia-h100` or `cpu-x86_64-avx512`.
         evaluation: The evidence.
-        origin: Where the kernel came from: `library`, `search:<run>`, `import:<bundle>`.
+        origin: Where the kernel came from: `library`, `library, <where it had it from>`, `search:<run>`, `import:<bundle>`.
     """
 
     task: Task

@@ -53,7 +53,8 @@ def read_request(mode: str | None, options: Mapping[str, Any] | None) -> Request
             allowed in both.
 
     Raises:
-        SettingsError: for an unknown mode or option (it lists the valid ones), or a value of the wrong type.
+        SettingsError: for an unknown mode or option (it lists the valid ones), a value of the wrong type, a library that is not
+            there, or a search without a language model.
     """
     from torch._inductor import config, list_mode_options
 
@@ -72,10 +73,38 @@ def read_request(mode: str | None, options: Mapping[str, Any] | None) -> Request
         inductor = torch._TorchCompileInductorWrapper(mode, theirs, None)
     except RuntimeError as error:
         raise SettingsError(str(error)) from None
-    return Request(current().updated(ours), inductor)
+    request = Request(current().updated(ours), inductor)
+    _check(request)
+    return request
+
+
+def _check(request: Request) -> None:
+    """Refuse knobs that nothing can be compiled with as asked: later, each graph would go to Inductor for that reason alone.
+
+    Raises:
+        SettingsError: for a library that is not there, or a search without a usable provider.
+    """
+    if request.settings.library_dir:
+        _ = request.library
+    if request.settings.on_miss in ("search", "background"):
+        _check_provider(request.settings)
+
+
+@functools.lru_cache(maxsize=8)  # once, not for every graph; an error is not remembered
+def _check_provider(settings: Settings) -> None:
+    from torch_llmkernels.search.llm import provider_for
+
+    if not settings.provider:
+        raise SettingsError(
+            f"on_miss={settings.on_miss!r} has no language model to ask: set the option 'provider' or LLMKERNELS_PROVIDER to "
+            "'openai', 'replay:JOURNAL' or 'exchange:FOLDER', or leave on_miss at 'fallback'"
+        )
+    folder = settings.store_directory()  # stands in for the folder of a run; nothing is written
+    provider_for(settings.provider, folder, models=settings.model, base_url=settings.base_url, api_key_env=settings.api_key_env)
 
 
 def _unknown_option(name: str, known: Mapping[str, Any]) -> str:
-    """Our few knobs come before Inductor's hundreds; what Inductor does not mean for users (`_name`) is left out."""
+    """Our few knobs are listed; of Inductor's hundreds only what is close, without what it does not mean for users (`_name`)."""
     public = [other for other in known if not other.startswith("_") and not other.isupper()]
-    return f"{unknown_name(name, KNOBS, 'option ', also=public)}. Or one of Inductor's: {', '.join(sorted(public))}"
+    ours = unknown_name(name, KNOBS, "option ", also=public)
+    return f"{ours} (llmkernels settings explains them); and Inductor's, which torch._inductor.list_options() lists"

@@ -127,25 +127,30 @@ class Resolver:
     def known(self, key: RecordKey, explained: bool = True) -> Decision | None:
         """What the store remembers for `key`, as far as it holds for the library in use; None is a miss.
 
-        A library's kernel that this library does not have (another `library_dir`, or an edited file) is not used, and what
-        the others were measured at is lost with it: they are verified again.
+        A library's kernel counts only while the library in use has it as it is: not under another `library_dir`, nor after an
+        edit. The fastest of those that were tried and that it does have takes its place; if none, they are verified anew.
         """
         found = self.store.decision(key, explained)
         if found is None or found.record is None or not found.record.origin.startswith(LIBRARY):
             return found
-        record = found.record
-        if self._holds(parse_kernel(record.kernel_text, record.kernel_name), record.task):
+        won, held = found.record, self._held(found.record.task)
+        correct = [(e, held[label]) for label, e in found.tried if label in held and e.status.is_correct]
+        if not correct:
+            return dataclasses.replace(found, record=None, tried=tuple(t for t in found.tried if not t[1].status.is_correct))
+        best, kernel = min(correct, key=lambda pair: pair[0].relative_time)
+        if (kernel.name, kernel.text) == (won.kernel_name, won.kernel_text):
             return found
-        return Decision(None, "nothing verified yet", tuple((n, e) for n, e in found.tried if not e.status.is_correct))
+        record = Record(won.task, kernel.name, kernel.text, best.constants, won.device_kind, best, LIBRARY)
+        return dataclasses.replace(found, record=record)
 
-    def _holds(self, kernel: Kernel, task: Task) -> bool:
-        """Whether this kernel, as it is, is a file of the library in use."""
-        return kernel.label in {other.label for other in self.library.kernels(task.signature, task.device)}
+    def _held(self, task: Task) -> dict[str, Kernel]:
+        """The kernels of the library in use that a decision about `task` may name, by label."""
+        return {kernel.label: kernel for kernel in self.library.kernels(task.signature, task.device)}
 
     def _origin(self, kernel: Kernel, task: Task, record: Record | None) -> str:
         """Where a kernel comes from: `library` first, if the library in use has it."""
         origin = record.origin if record else LIBRARY
-        return origin if origin.startswith(LIBRARY) or not self._holds(kernel, task) else f"{LIBRARY}, {origin}"
+        return origin if origin.startswith(LIBRARY) or kernel.label not in self._held(task) else f"{LIBRARY}, {origin}"
 
     @property
     def binaries(self) -> str:

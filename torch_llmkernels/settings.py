@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -39,7 +39,10 @@ class Settings:
 
     cache_dir: str = knob("", "the store's directory; empty: $XDG_CACHE_HOME/torch_llmkernels, else ~/.cache/torch_llmkernels")
     library_dir: str = knob("", "a kernel library to use instead of the shipped one")
-    on_miss: OnMiss = knob("fallback", "what a region without a kernel does: keep Inductor, search now, search behind, or raise")
+    on_miss: OnMiss = knob(
+        "fallback",
+        "what a region that no kernel wins does: keep Inductor, search now, search behind, or raise if none is correct for it",
+    )
     swap: Swap = knob("fastest", "which kernels are swapped in: those that win, every correct one (for tests), or none")
     whole_graph: WholeGraph = knob(
         "stored", "whether swaps pay in the whole graph: what precompile measured, or measure an inference graph's first calls"
@@ -98,13 +101,15 @@ class Settings:
 
 KNOBS: dict[str, str] = {f.name: f.metadata["doc"] for f in dataclasses.fields(Settings)}
 _TYPES = get_type_hints(Settings)
+A_TYPE: dict[type, str] = {int: "an integer", float: "a number", str: "text", tuple: "a list"}
+"""A type of value in words, for errors."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
-def unknown_name(name: str, known: Iterable[str], origin: str, also: Iterable[str] = ()) -> str:
-    """One sentence for an unknown knob: what, the closest known name (of `also` too), and the whole list of `known`."""
-    close = difflib.get_close_matches(name, [*known, *also], n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+def unknown_name(name: str, known: Iterable[str], origin: str, also: Sequence[str] = ()) -> str:
+    """Two sentences for an unknown knob: what, the closest known names (of `also` too), and the whole list of `known`."""
+    close = difflib.get_close_matches(name, [*known, *also], n=3 if also else 1)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
     return f"unknown {_spelt(name, origin)}{hint} Known: {', '.join(sorted(known))}"
 
 
@@ -128,13 +133,14 @@ def _parse(name: str, value: Any, what: str) -> Any:
             return text in _TRUE
         raise SettingsError(f"{what}: {value!r} is not a boolean (use one of {', '.join(_TRUE + _FALSE)})")
     if isinstance(value, bool):
-        raise SettingsError(f"{what}: {value!r} is not a {want.__name__}")
+        raise SettingsError(f"{what}: {value!r} is not {A_TYPE[want]}")
     try:
         number = want(value)
     except (TypeError, ValueError):
-        raise SettingsError(f"{what}: {value!r} is not a {want.__name__}") from None
-    if want is not str and name != "fuel" and not number >= 0:  # neither is not-a-number, which no comparison would end
-        raise SettingsError(f"{what}: {value!r} is below 0 or not a number")
+        raise SettingsError(f"{what}: {value!r} is not {A_TYPE[want]}") from None
+    least = -1 if name == "fuel" else 0
+    if want is not str and not number >= least:  # neither is not-a-number, which no comparison would end
+        raise SettingsError(f"{what}: {value!r} is below {least} or not a number")
     return number
 
 

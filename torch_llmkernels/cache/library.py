@@ -99,8 +99,14 @@ class Library:
             return kernel
         if self.strict:
             raise KernelSourceError(kernel)
-        log.warning("library kernel skipped: %s", kernel)
+        _warn_once(f"library kernel skipped: {kernel}")
         return None
+
+    def broken(self) -> list[tuple[Path, str]]:
+        """Every kernel file that does not parse, and one line about why, by path."""
+        paths = sorted(path for suffix in SUFFIX.values() for path in self.root.glob(f"*/*{suffix}"))
+        read = ((path, _parsed(str(path), path.stat().st_mtime_ns, path.stat().st_size)) for path in paths)
+        return [(path, found) for path, found in read if isinstance(found, str)]
 
     def record(self, task_key: str, device_kind: str) -> Record | None:
         """The record of exactly this task on this kind of device, or None.
@@ -206,6 +212,12 @@ def _plain(name: str) -> str:
     if not _PLAIN_NAME.fullmatch(name):
         raise StoreError(f"{name!r} cannot name a file of a library (letters, digits and _ . + - only)")
     return name
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Once in a process: a library is asked for every region of every graph."""
+    log.warning("%s", message)
 
 
 def _sha256(text: str) -> str:

@@ -169,17 +169,11 @@ def _unreadable(store: Store) -> Iterator[str]:
 
 
 def _broken_kernels(library: Any) -> Iterator[str]:
-    from torch_llmkernels.cache.library import SUFFIX, Library
+    from torch_llmkernels.cache.library import Library
 
-    strict = Library(library.root, strict=True)
-    for signature in library.signatures():
-        for target in SUFFIX:
-            try:
-                strict.kernels(signature, target)
-            except LLMKernelsError as error:
-                yield str(error)
+    yield from (reason for _, reason in library.broken())
     try:
-        list(strict.records())
+        list(Library(library.root, strict=True).records())
     except LLMKernelsError as error:
         yield str(error)
 

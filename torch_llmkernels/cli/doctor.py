@@ -150,11 +150,11 @@ def _library(settings: Settings) -> Iterator[Finding]:
     )
     for signature in signatures:
         kernels = {target: library.kernels(signature, target) for target in SUFFIX}
-        files = sum(1 for suffix in SUFFIX.values() for _ in (library.root / signature).glob(f"*{suffix}"))
-        broken = files - sum(map(len, kernels.values()))
         names = "; ".join(f"{target}: {', '.join(k.name for k in found)}" for target, found in kernels.items() if found)
-        detail = f"{names}; {broken} files do not parse (LLMKERNELS_STRICT=1 says why)" if broken else names
-        yield Finding(f"  {signature}", "problem" if broken else "ok", detail)
+        if names:
+            yield Finding(f"  {signature}", "ok", names)
+    for path, reason in library.broken():
+        yield Finding(f"  {path.parent.name}", "problem", f"does not parse, so it is skipped: {reason}; mend or delete the file")
 
 
 def _provider(settings: Settings) -> Iterator[Finding]:

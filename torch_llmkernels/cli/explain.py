@@ -162,7 +162,7 @@ class Lookup:
             return dataclasses.replace(found, detail=f"no {task.device} kernel can run here: {reason}")
         facts = target.facts()
         key = RecordKey.of(task, facts)
-        known = self.resolver.store.decision(key)
+        known = self.resolver.known(key)
         differences = () if known else tuple(self.resolver.store.explain(key))
         waiting = [kernel.name for kernel, _ in self.resolver.unverified(task, facts, known or Decision(None, ""))]
         if waiting:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch_llmkernels.errors import SettingsError
-from torch_llmkernels.settings import unknown_name
+from torch_llmkernels.settings import A_TYPE, unknown_name
 
 WARN_AT = (0.5, 0.8)  # shares of a limit at which the user hears of it
 CHARS_PER_TOKEN = 3.5  # of code and English prose, on the low side: estimates should not come out short
@@ -83,7 +83,7 @@ class SearchSettings:
             try:
                 converted[name] = _prices(value) if name == "prices" else type(known[name])(value)
             except (TypeError, ValueError):
-                raise SettingsError(f"search setting {name}: {value!r} is not a {type(known[name]).__name__}") from None
+                raise SettingsError(f"search setting {name}: {value!r} is not {A_TYPE[type(known[name])]}") from None
         return dataclasses.replace(self, **converted)
 
     def to_json(self) -> dict[str, Any]:
