@@ -295,6 +295,60 @@ def test_a_joint_pass_of_the_users_own_runs_as_well(kernels: Kernels, uuid: str 
     assert bool(swaps.uuid()) == bool(uuid)
 
 
+def softmax_again(graph: torch.fx.Graph) -> None:
+    """A pre-grad pass of a user's that is not idempotent: every softmax is followed by another one."""
+    for node in [n for n in graph.nodes if n.target is F.softmax]:
+        with graph.inserting_after(node):
+            again = graph.call_function(F.softmax, (node, -1))
+        node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+
+
+def soft(x: torch.Tensor) -> torch.Tensor:
+    return F.softmax(x, -1)
+
+
+def soft_in_branches(x: torch.Tensor) -> torch.Tensor:
+    return torch.cond(x[0, 0] > 0, soft, lambda x: soft(-x), (x,))
+
+
+@pytest.mark.parametrize("function", [soft, soft_in_branches])
+def test_a_pre_grad_pass_of_the_users_own_rewrites_the_graph_once(kernels: Kernels, function: Callable) -> None:
+    x = torch.ones(4, 16)
+    with torch.no_grad():
+        got = compiled(function, options={"pre_grad_custom_pass": softmax_again})(x)
+    torch.testing.assert_close(got, soft(soft(x)))
+    assert kernels.calls == {"softmax": 2}
+
+
+def test_a_graph_that_goes_to_inductor_after_an_error_is_as_dynamo_made_it(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(graph: torch.fx.Graph) -> None:
+        raise LLMKernelsError("after the pre-grad passes")
+
+    monkeypatch.setattr(backend, "late_decompose", fail)
+    x = torch.randn(4, 16)
+    with torch.no_grad():
+        got = compiled(soft, options={"pre_grad_custom_pass": softmax_again})(x)
+    torch.testing.assert_close(got, soft(soft(x)))
+    assert not kernels.calls and "after the pre-grad passes" in torch_llmkernels.report()[0].note
+
+
+def test_looking_for_regions_leaves_the_graph_alone(kernels: Kernels) -> None:
+    """`capture` runs it afterwards."""
+    request, codes = read_request(None, {"pre_grad_custom_pass": softmax_again}), []
+
+    def look(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        codes.append(gm.graph.python_code("self").src)
+        assert len(backend.plan_of(gm, inputs, request).tasks) == 2
+        codes.append(gm.graph.python_code("self").src)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(soft, backend=look)(torch.randn(4, 16))
+    assert codes[0] == codes[1]
+
+
 PER_THREAD = """/*---
 implements = "softmax"
 target = "cpu"

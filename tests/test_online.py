@@ -95,6 +95,25 @@ def test_what_is_not_measured_by_calls(kernels: Kernels, monkeypatch: pytest.Mon
     assert kernels.calls["layer_norm"] == 4
 
 
+def test_both_variants_see_the_graph_as_dynamo_made_it(kernels: Kernels) -> None:
+    """Pre-grad passes rewrite it in place; here every layer norm is followed by another one."""
+
+    def norm_again(graph: torch.fx.Graph) -> None:
+        for node in [n for n in graph.nodes if n.target is nn.functional.layer_norm]:
+            with graph.inserting_after(node):
+                again = graph.call_function(nn.functional.layer_norm, (node, (16,), *node.args[2:4]))
+            node.replace_all_uses_with(again, delete_user_cb=lambda user, again=again: user is not again)
+
+    norm, x = nn.LayerNorm(16), torch.randn(4, 16)
+    with torch.no_grad():
+        nn.init.constant_(norm.weight, 2.0), nn.init.constant_(norm.bias, 1.0)
+        options = {"whole_graph": "measure", "pre_grad_custom_pass": norm_again}
+        measured = torch.compile(norm, backend=backend.llmkernels, options=options)
+        for _ in range(2):
+            torch.testing.assert_close(measured(x), norm(norm(x)))
+    assert kernels.calls["layer_norm"] == 2, "one call of the variant with two kernels"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", [False, True], ids=["launches", "cuda graphs"])

@@ -40,6 +40,7 @@ from torch_llmkernels.graph.regions import Region, find_regions
 from torch_llmkernels.graph.scan import might_match
 from torch_llmkernels.graph.swap import swap, tidy
 from torch_llmkernels.graph.task_of import RegionTask, task_of
+from torch_llmkernels.graph.twin import twin_of
 from torch_llmkernels.kernels.targets import on_device_of
 from torch_llmkernels.options import Request, read_request
 from torch_llmkernels.plan import Plan
@@ -136,14 +137,17 @@ def compile_swapped(gm: fx.GraphModule, example_inputs: Sequence[Any], request: 
 
 
 def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, joint_pass: Any, **more: Any) -> Any:
-    """`compile_fx` with composites kept whole and `joint_pass` in the joint-graph stage; the process's config is untouched."""
+    """`compile_fx` with composites kept whole and `joint_pass` in the joint-graph stage; the process's config is untouched.
+
+    It compiles a twin: pre-grad passes rewrite a graph in place, and `gm` may have to be compiled once more.
+    """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**request.inductor.config, "joint_custom_pre_pass": joint_pass}
     with config.patch(patches):
         table = decomp_table()
-    return compile_fx(gm, example_inputs, config_patches=patches, decompositions=table, **more)
+    return compile_fx(twin_of(gm), example_inputs, config_patches=patches, decompositions=table, **more)
 
 
 class Discovered(BaseException):
