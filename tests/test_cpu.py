@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from tests import tasks
-from torch_llmkernels import settings
+from torch_llmkernels import graph_decision, settings
+from torch_llmkernels.cache.key import RecordKey
+from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.errors import CompileError, LaunchError, NotApplicable, SchemaError, ToolchainMissing
+from torch_llmkernels.evaluation import Decision, GraphDecision
 from torch_llmkernels.kernels.device import cpu_facts
 from torch_llmkernels.kernels.source import Kernel, parse_kernel
 from torch_llmkernels.kernels.targets import Binary, Launcher, build, target_for
@@ -91,6 +94,24 @@ def test_kernels_use_the_threads_that_torch_uses() -> None:
             assert y[0] == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_was_decided_holds_for_one_number_of_threads(tmp_path: Path) -> None:
+    """A kernel that wins on one thread may lose on many, in its graph too; shipped records are filed by kind alone."""
+    task, before = tasks.layer_norm_task(), torch.get_num_threads()
+    with settings.override(cache_dir=str(tmp_path / "store")) as knobs:
+        store, facts = open_store(knobs), {}
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                facts[threads] = CPU.facts()
+                assert store.decision(RecordKey.of(task, facts[threads])) is None
+                assert graph_decision.recall("graph", "cpu", knobs) is None
+                store.put_decision(RecordKey.of(task, facts[threads]), Decision(None, "decided"))
+                graph_decision.remember(GraphDecision("graph", (), (), 1.0, 1.0, 0.1), "cpu", knobs)
+        finally:
+            torch.set_num_threads(before)
+    assert facts[1].kind == facts[2].kind and facts[1].unit != facts[2].unit
 
 
 def test_the_process_has_one_openmp_runtime() -> None:

@@ -43,7 +43,7 @@ def test_layer_norm_task_says_everything() -> None:
 
 
 def test_scalar_tensors_keep_integers_integers() -> None:
-    """In an integer call the scalar is an integer, in a floating one a float: the program gives the dtype that the graph gives."""
+    """In an integer call the scalar is an integer, in a floating one a float: the program's dtype is the graph's."""
     x = torch.arange(12).reshape(3, 4)
     for call in (
         lambda x: (x * torch.full([], 3)).sum(-1),

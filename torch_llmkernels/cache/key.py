@@ -39,7 +39,7 @@ class RecordKey:
         tensors: The inputs' dtypes and shapes in words. Implied by `task_key`; here so that a miss can name them.
         numerics: The precision flags in words. Implied by `task_key` too.
         device_kind: Slug of the device's kind, such as `nvidia-h100`.
-        unit: Which device of that kind (its UUID, or the host for a CPU): two units of a kind differ in clocks.
+        unit: What tells devices of that kind apart (`DeviceFacts.unit`): full name and core count, on a CPU also torch's threads.
         torch: Version of torch, whose kernels are the yardstick and the baseline.
         driver: Version of the device driver.
         toolchain: Compiler and its version.

@@ -77,9 +77,11 @@ class CpuTarget:
         return 0
 
     def facts(self, index: int | None = None) -> DeviceFacts:
-        if self.unavailable():
-            return cpu_facts()
-        return dataclasses.replace(cpu_facts(), driver=_version(compiler()))  # another compiler makes another kernel of a source
+        import torch
+
+        # Another number of threads makes other times, another compiler another kernel of a source.
+        found = dataclasses.replace(cpu_facts(), unit=f"{cpu_facts().unit}, {torch.get_num_threads()} threads")
+        return found if self.unavailable() else dataclasses.replace(found, driver=_version(compiler()))
 
     def binary_key(self, kernel: Kernel, task: Task, constants: Mapping[str, int], facts: DeviceFacts) -> str:
         return digest(

@@ -35,7 +35,8 @@ class DeviceFacts:
         regs_per_sm: 32-bit registers of a multiprocessor; 0 on the CPU.
         memory_bytes: Device memory.
         driver: CUDA version of the driver such as `13.0`; empty on the CPU.
-        unit: What tells this unit from others of its kind: full name and core count.
+        unit: What a time depends on besides the kind: full name and core count; from the CPU target also torch's number of
+            threads. Two GPUs with one name and count are one unit.
     """
 
     target: str
