@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import tasks
 from tests.records import decision_for
@@ -90,6 +91,27 @@ def test_a_rank_that_fails_leaves_the_others_with_inductor(job: Any) -> None:
 
 def test_outside_a_job_nobody_is_asked() -> None:
     assert ranks.job_store() is None
+
+
+def test_with_a_store_that_cannot_compare_each_rank_decides(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """torch's fake process group, which people size models with, has one; a real store is taken."""
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    for store, taken in ((FakeStore(), False), (FakeStore(), False), (distributed.HashStore(), True)):
+        monkeypatch.setattr(distributed.distributed_c10d, "_get_default_store", lambda store=store: store)
+        assert (ranks.job_store() is store) == taken
+    assert caplog.text.count("cannot compare and set") == 1
+
+
+def test_a_store_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deciding alone on one rank would be deciding otherwise than the others."""
+
+    class Lost:
+        def compare_set(self, *args: str) -> bytes:
+            raise distributed.DistNetworkError("connection reset")
+
+    with pytest.raises(distributed.DistNetworkError):
+        ranks._can_agree(Lost())
 
 
 def test_a_search_does_not_hold_up_a_job() -> None:

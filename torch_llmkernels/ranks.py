@@ -15,6 +15,7 @@ next job.
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import logging
 import threading
@@ -39,14 +40,40 @@ _polling = threading.Event()  # never set: only its timed wait is used
 
 
 def job_store() -> Any:
-    """The key-value store of the job that this process is a rank of; None outside one, or before `init_process_group`."""
+    """The key-value store of the job that this process is a rank of; None outside one, or before `init_process_group`.
+
+    None too for a store that cannot compare and set, such as that of torch's fake process group: every rank decides for itself.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return None
     if torch.distributed.get_world_size() < 2:
         return None
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return _get_default_store()
+    store = _get_default_store()
+    return store if _can_agree(store) else None
+
+
+def _can_agree(store: Any) -> bool:
+    """Whether a store has what `agree` needs.
+
+    Raises:
+        torch.distributed.DistError: if it has, and cannot be reached.
+    """
+    try:
+        store.compare_set(f"{PREFIX}probe", "", "1")
+        store.check([f"{PREFIX}probe"])
+    except torch.distributed.DistError:
+        raise
+    except RuntimeError:  # how c10d says that a store lacks an operation
+        _log_once("the key-value store of this job cannot compare and set, so each rank decides for itself")
+        return False
+    return True
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def settings_in_job(settings: Settings) -> Settings:
