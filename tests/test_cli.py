@@ -107,6 +107,20 @@ def test_rm_removes_one_entry(store: Store, capsys) -> None:
     assert main(["cache", "rm", TASK.key]) == 1
 
 
+def test_a_read_only_store_is_shown_and_not_changed(store: Store, tmp_path: Path, capsys) -> None:
+    store.put_decision(key_for(TASK), decision_for(TASK))
+    store.directory.chmod(0o500)
+    try:
+        assert [main(["cache", *words]) for words in (["list"], ["show", TASK.key], ["verify"])] == [0, 0, 0]
+        assert capsys.readouterr().out.count(TASK.key) >= 2
+        assert main(["cache", "export", str(tmp_path / "mine.llmk")]) == 0
+        assert main(["cache", "rm", TASK.key]) == 1 and "is read-only" in capsys.readouterr().err
+        assert main(["cache", "import", str(tmp_path / "mine.llmk")]) == 1
+    finally:
+        store.directory.chmod(0o700)
+    assert Store(store.directory).decision(key_for(TASK)) is not None
+
+
 def test_verify_finds_damage_and_names_the_remedy(store: Store, capsys) -> None:
     store.put_decision(key_for(TASK), decision_for(TASK))
     assert main(["cache", "verify"]) == 0

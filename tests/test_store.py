@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ def test_directory_is_made_private(tmp_path: Path) -> None:
     assert Store(tmp_path / "plain").directory.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755, 0o500])
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
 def test_directory_with_other_permissions_is_refused(store: Store, mode: int) -> None:
     store.directory.chmod(mode)
     with pytest.raises(StoreError, match="chmod 700"):
@@ -162,6 +163,90 @@ def test_foreign_directory_is_refused(store: Store, monkeypatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: os.stat(store.directory).st_uid + 1)
     with pytest.raises(StoreError, match="belongs to user"):
         Store(store.directory)
+
+
+@pytest.fixture
+def image(store: Store) -> Iterator[Path]:
+    """A store as a container image has it: filled, then read-only."""
+    store.put_decision(key_for(tasks.layer_norm_task()), decision_for(tasks.layer_norm_task()))
+    store.put_binary("large", b"code" * 50_000)
+    store.close()
+    store.directory.chmod(0o500)
+    yield store.directory
+    store.directory.chmod(0o700)
+
+
+def test_a_read_only_store_is_used_and_left_as_it_is(image: Path, caplog) -> None:
+    before = (image / "cache.db").read_bytes()
+    baked = open_store(Settings(cache_dir=str(image)))
+    key = key_for(tasks.layer_norm_task())
+    assert baked.decision(key) == decision_for(tasks.layer_norm_task())
+    assert baked.binary("large") == b"code" * 50_000 and baked.directory == image
+    with baked.lock("a") as mine:
+        assert mine
+    assert open_store(Settings(cache_dir=str(image))) is baked
+    assert caplog.records == [], "nothing is lost, so nothing is complained about"
+    other = dataclasses.replace(key, driver="570.2")
+    for _ in range(2):
+        baked.put_decision(other, decision_for(tasks.layer_norm_task()))
+    assert baked.decision(other) is not None and caplog.text.count("verified again in every process") == 1
+    assert (image / "cache.db").read_bytes() == before and not (image / "locks").exists()
+
+
+def test_the_copy_of_a_read_only_store_is_made_once_and_gone_with_the_process(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    script = """
+        import pathlib, tempfile
+        tempfile.tempdir = sys.argv[2]
+        Store(sys.argv[1]), Store(sys.argv[1], strict=True)
+        print(len(list(pathlib.Path(sys.argv[2]).iterdir())))
+    """
+    assert results([run(script, str(image), str(tmp_path / "tmp"))]) == ["1\n"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_store_that_becomes_writable_is_written(image: Path) -> None:
+    settings = Settings(cache_dir=str(image))
+    assert open_store(settings).is_read_only
+    image.chmod(0o700)
+    open_store(settings).put("a", b"value")
+    assert Store(image).get("a") == b"value"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a root's store")
+def test_a_store_of_root_that_only_root_may_write_is_used(image: Path, monkeypatch) -> None:
+    image.chmod(0o755)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert Store(image).is_read_only and len(Store(image).keys("decision/")) == 1
+
+
+@pytest.mark.parametrize("mode", [0o570, 0o507])
+def test_a_read_only_store_that_others_may_write_is_refused(image: Path, mode: int) -> None:
+    image.chmod(mode)
+    with pytest.raises(StoreError, match="open to other users"):
+        Store(image)
+
+
+def test_a_read_only_store_with_files_that_others_may_write_or_own_is_refused(image: Path, monkeypatch) -> None:
+    (image / "cache.db").chmod(0o666)
+    with pytest.raises(StoreError, match="nobody else may write"):
+        Store(image)
+    (image / "cache.db").rename(image.parent / "elsewhere.db")
+    (image / "cache.db").symlink_to(image.parent / "elsewhere.db")
+    with pytest.raises(StoreError, match="cannot be copied"):
+        Store(image)
+
+
+def test_an_empty_read_only_directory_says_what_helps(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "store").mkdir(mode=0o500)
+    with pytest.raises(StoreError, match=r"read-only \(mode 0500\) and empty; run: chmod 700"):
+        Store(tmp_path / "store")
+    (tmp_path / "store").chmod(0o700)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as a read-only mount has it
+    with pytest.raises(StoreError, match=r"read-only \(mode 0700\) and empty; fill it") as refused:
+        Store(tmp_path / "store")
+    assert "chmod" not in str(refused.value)
 
 
 def test_symbolic_link_and_file_are_refused(store: Store, tmp_path: Path) -> None:

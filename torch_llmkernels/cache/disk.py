@@ -6,13 +6,16 @@ row could run code. Here a row is raw bytes or it is refused.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import stat
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -87,43 +90,96 @@ def _is_value_file(filename: Any) -> bool:
     return isinstance(filename, str) and _VALUE_FILE.fullmatch(filename) is not None
 
 
-def private_directory(directory: Path) -> None:
+def private_directory(directory: Path) -> bool:
     """Make `directory` (mode 0700) or check that it is a directory of this user that nobody else may write.
 
+    Returns:
+        Whether it can be written. One that cannot be (a read-only mount, mode 0500) may also be root's, and readable by all.
+
     Raises:
-        StoreError: if it is not.
+        StoreError: if its content is not to be trusted, or it cannot be made.
     """
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
+        if not os.path.lexists(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir(mode=0o700)
         found = directory.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and _is_fresh(directory, found.st_mode):
+        writable = found.st_mode & 0o700 == 0o700 and os.access(directory, os.W_OK)
+        if writable and found.st_uid == os.geteuid() and stat.S_ISDIR(found.st_mode) and _is_fresh(directory, found.st_mode):
             directory.chmod(0o700)
             found = directory.lstat()
     except OSError as error:
         raise StoreError(_advice(directory, f"cannot be created: {error.strerror or error}")) from error
-    if problem := _problem(directory, found):
+    if problem := _problem(directory, found, writable):
         raise StoreError(_advice(directory, problem))
+    return writable
 
 
 def _is_fresh(directory: Path, mode: int) -> bool:
     """An empty directory that others can read but not write, as a plain mkdir makes it: safe to take over."""
-    return mode & 0o077 != 0 and mode & 0o022 == 0 and mode & 0o700 == 0o700 and not any(directory.iterdir())
+    return mode & 0o077 != 0 and mode & 0o022 == 0 and not any(directory.iterdir())
 
 
-def _problem(directory: Path, found: os.stat_result) -> str | None:
+def _problem(directory: Path, found: os.stat_result, writable: bool) -> str | None:
     if stat.S_ISLNK(found.st_mode):
         return f"is a symbolic link; name its target {os.path.realpath(directory)} instead"
     if not stat.S_ISDIR(found.st_mode):
         return "is not a directory"
-    if found.st_uid != os.geteuid():
+    if found.st_uid != os.geteuid() and (writable or found.st_uid != 0):
         return f"belongs to user {found.st_uid}, and kernels in it would run as user {os.geteuid()}"
-    if found.st_mode & 0o077:
+    if found.st_mode & (0o077 if writable else 0o022):
         return f"is open to other users (mode {stat.S_IMODE(found.st_mode):04o}); run: chmod 700 {directory}"
-    if found.st_mode & 0o700 != 0o700 or not os.access(directory, os.W_OK):
-        return f"is read-only (mode {stat.S_IMODE(found.st_mode):04o}); run: chmod 700 {directory}"
     return None
+
+
+_copies: dict[tuple[Path, int, int], Path] = {}
+
+
+def private_copy(directory: Path) -> Path:
+    """A copy of a read-only store that this process may write, made once and removed at exit.
+
+    SQLite and the locks need a directory that can be written. Only files of this user or root that nobody else may write are
+    taken; the check is of the file that is read, not of its name.
+
+    Raises:
+        StoreError: if there is nothing to copy, or it cannot be read or trusted.
+    """
+    try:
+        source = (directory / DATABASE).stat()
+        name = directory, source.st_ino, source.st_mtime_ns
+        if name not in _copies or not (_copies[name] / DATABASE).exists():
+            _copies[name] = _copied(directory)
+            log.info("store %s is read-only: a private copy of it is used, which is gone when the process ends", directory)
+        return _copies[name]
+    except FileNotFoundError as error:
+        mode = stat.S_IMODE(directory.stat().st_mode)
+        remedy = f"run: chmod 700 {directory}" if mode & 0o700 != 0o700 else "fill it where it can be written"
+        raise StoreError(_advice(directory, f"is read-only (mode {mode:04o}) and empty; {remedy}")) from error
+    except OSError as error:
+        raise StoreError(_advice(directory, f"is read-only and cannot be copied: {error}")) from error
+
+
+def _copied(directory: Path) -> Path:
+    copy, owner = Path(tempfile.mkdtemp(prefix="llmk-store-")), os.getpid()
+    atexit.register(lambda: shutil.rmtree(copy, ignore_errors=True) if os.getpid() == owner else None)
+    values = [path.relative_to(directory) for path in directory.glob("??/??/*.val")]
+    for name in (Path(DATABASE), *filter(lambda name: _is_value_file(str(name)), values)):
+        (copy / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _copy_trusted(directory / name, copy / name)
+    journal = Path(f"{DATABASE}-journal")  # of a transaction that was interrupted
+    if (directory / journal).exists():
+        _copy_trusted(directory / journal, copy / journal)
+    return copy
+
+
+def _copy_trusted(path: Path, to: Path) -> None:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
+            raise PermissionError(f"{path} is not a file of user {os.geteuid()} or root that nobody else may write")
+        with open(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
+            shutil.copyfileobj(file, copy)
 
 
 def _advice(directory: Path, problem: str) -> str:

@@ -259,18 +259,24 @@ class Store(BaseStore):
     """The store on disk. Safe for threads, forks and any number of processes on one machine.
 
     Args:
-        directory: Created with mode 0700; an existing one must be this user's alone.
+        directory: Created with mode 0700; an existing one must be this user's alone. Of one that cannot be written (this user's
+            or root's) a private copy is used: what is in it counts, what is added is gone when the process ends.
         strict: Raise where the default is to log a reason and miss.
 
+    Attributes:
+        is_read_only: Whether nothing that is stored outlives the process.
+
     Raises:
-        StoreError: if the directory is foreign, open to others, a symbolic link or read-only, or cannot be created.
+        StoreError: if the directory is foreign, open to others, a symbolic link, read-only and empty, or cannot be created.
     """
 
     def __init__(self, directory: Path | str, strict: bool = False) -> None:
         super().__init__(strict)
         self._directory = Path(directory)
-        disk.private_directory(self._directory)
-        self._database = disk.open_database(self._directory)
+        self.is_read_only = not disk.private_directory(self._directory)
+        self._warned = False
+        self._folder = disk.private_copy(self._directory) if self.is_read_only else self._directory
+        self._database = disk.open_database(self._folder)
         self._inode = self._database_inode()
 
     @property
@@ -281,14 +287,14 @@ class Store(BaseStore):
     def is_current(self) -> bool:
         """Whether the directory still is what was opened, and still private: not deleted, replaced or opened to others."""
         try:
-            disk.private_directory(self._directory)
+            read_only = not disk.private_directory(self._directory)
         except StoreError:
             return False
-        return self._inode is not None and self._inode == self._database_inode()
+        return read_only == self.is_read_only and self._inode is not None and self._inode == self._database_inode()
 
     def _database_inode(self) -> int | None:
         try:
-            return (self._directory / disk.DATABASE).stat().st_ino
+            return (self._folder / disk.DATABASE).stat().st_ino
         except OSError:
             return None
 
@@ -305,6 +311,10 @@ class Store(BaseStore):
         return self._attempt(lambda: self._database.get(key), None)
 
     def _write(self, key: str, blob: bytes) -> None:
+        if self.is_read_only and not self._warned and key.startswith(DECISION):
+            self._warned = True
+            log.warning("store %s is read-only: what is verified now is verified again in every process. Fill the store where it "
+                        "can be written, or set LLMKERNELS_CACHE_DIR to a directory of your own", self._directory)  # fmt: skip
         self._attempt(lambda: self._database.set(key, blob), False)
 
     def _remove(self, key: str) -> bool:
@@ -328,7 +338,7 @@ class Store(BaseStore):
                 if isinstance(error, sqlite3.OperationalError):
                     raise
                 self._database.close()
-                self._database = disk.replace_damaged(self._directory)
+                self._database = disk.replace_damaged(self._folder)
                 self._inode = self._database_inode()
                 return action()
         except (sqlite3.Error, diskcache.Timeout, OSError) as error:
@@ -342,7 +352,7 @@ class Store(BaseStore):
     @contextlib.contextmanager
     def lock(self, key: str, wait: bool = False) -> Iterator[bool]:
         """Hold the lock of `key`, across processes; yields whether it is held. See `BaseStore.lock`."""
-        lock = disk.file_lock(self._directory, hashlib.sha256(key.encode()).hexdigest()[:32])
+        lock = disk.file_lock(self._folder, hashlib.sha256(key.encode()).hexdigest()[:32])
         try:
             lock.acquire(blocking=wait)
         except TimeoutError:

@@ -55,10 +55,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_rm)
 
 
-def _open(strict: bool = False) -> Store:
+def _open(strict: bool = False, writing: bool = False) -> Store:
+    """The user's store.
+
+    Raises:
+        StoreError: if it cannot be used, or with `writing` not be written.
+    """
     from torch_llmkernels.cache.store import Store
 
-    return Store(knobs.current().store_directory(), strict=strict)
+    store = Store(knobs.current().store_directory(), strict=strict)
+    if writing and store.is_read_only:
+        raise StoreError(f"store {store.directory} is read-only; nothing was changed. Name another with LLMKERNELS_CACHE_DIR")
+    return store
 
 
 def _find(store: Store, wanted: str) -> str:
@@ -214,7 +222,7 @@ def _import(args: argparse.Namespace) -> int:
     from torch_llmkernels.cache import bundle
     from torch_llmkernels.evaluation import Record
 
-    store = _open()
+    store = _open(writing=True)
     done = bundle.import_(args.file, store)
     print(f"added {len(done.records)} candidates to {store.directory}")
     if done.graphs:
@@ -261,7 +269,7 @@ def verify_imported(records: Sequence[Record], settings: Settings) -> None:
 
 
 def _rm(args: argparse.Namespace) -> int:
-    store = _open()
+    store = _open(writing=True)
     key = _find(store, args.key)
     store.delete(key)
     print(f"removed {key}")
