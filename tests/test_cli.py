@@ -107,6 +107,17 @@ def test_rm_removes_one_entry(store: Store, capsys) -> None:
     assert main(["cache", "rm", TASK.key]) == 1
 
 
+def test_rm_of_a_task_removes_its_decisions_of_every_release_and_device(store: Store, capsys) -> None:
+    other, keys = tasks.layer_norm_task(cols=128), [dataclasses.replace(key_for(TASK), torch=v) for v in ("2.12.0", "2.13.0")]
+    for key in (*keys, key_for(other)):
+        store.put_decision(key, decision_for(TASK))
+    store.put_imported(decision_for(TASK).record)
+    assert main(["cache", "rm", TASK.key]) == 0
+    assert capsys.readouterr().out.count("removed decision/") == 2
+    assert [store.decision(key) for key in keys] == [None, None]
+    assert store.decision(key_for(other)) is not None and store.imported("layer_norm")
+
+
 def test_a_read_only_store_is_shown_and_not_changed(store: Store, tmp_path: Path, capsys) -> None:
     store.put_decision(key_for(TASK), decision_for(TASK))
     store.directory.chmod(0o500)

@@ -50,8 +50,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--later", action="store_true", help="verify nothing now: the first compilation that needs a kernel does")
     parser.set_defaults(run=_import)
 
-    parser = actions.add_parser("rm", help="remove one entry")
-    parser.add_argument("key", help="its key, or a part of it that no other key has")
+    parser = actions.add_parser("rm", help="remove one entry, or all decisions about a task")
+    parser.add_argument("key", help="the entry's key, or a part of it that no other key has; or the key of a task")
     parser.set_defaults(run=_rm)
 
 
@@ -270,7 +270,9 @@ def verify_imported(records: Sequence[Record], settings: Settings) -> None:
 
 def _rm(args: argparse.Namespace) -> int:
     store = _open(writing=True)
-    key = _find(store, args.key)
-    store.delete(key)
-    print(f"removed {key}")
+    # a task's own key stands for all its decisions: with other versions of torch, drivers and devices it has several
+    decisions = [key for key in store.keys("decision/") if args.key in key.split("/")[2:3]]
+    for key in decisions or [_find(store, args.key)]:
+        store.delete(key)
+        print(f"removed {key}")
     return 0
