@@ -42,10 +42,16 @@ COMPILERS = max(1, min(4, (os.cpu_count() or 1) // 4))
 AHEAD = frozenset({"cuda"})
 """Devices whose kernels are compiled ahead. On the CPU that would disturb the measuring."""
 
-TRIES = {Status.TIMEOUT: 3, Status.FAILED: 3, Status.CRASHED: 2}
+NOISY = "too noisy to tell"
+"""How a kernel ended that is faster by enough, but not in three quarters of the turns; see `ending`."""
+
+TRIES: dict[str, int] = {Status.TIMEOUT: 3, Status.FAILED: 3, Status.CRASHED: 2, NOISY: 3}
 """How often a kernel may end in these ways, which a busy or full machine can cause, before that is remembered for good: once in
 a process at most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
 
+
+MOST_DETAIL = 160
+"""Characters of a kernel's failure that a reason, which is one line, has room for."""
 
 LIBRARY = "library"
 """How `Record.origin` begins for a kernel of the library that it was verified from."""
@@ -227,9 +233,11 @@ class Resolver:
 
     def _may_try_again(self, label: str, task: Task, facts: DeviceFacts, known: Decision) -> bool:
         """Whether what a kernel ended with may be the machine's fault, and it has tries left in this process: see `TRIES`."""
-        status, times = last_outcome(known, label)
-        if times >= TRIES.get(status, 0) or (status is Status.CRASHED and not self.offline):
+        end, times = last_outcome(known, label, self.settings)
+        if times >= TRIES.get(end, 0) or (end == Status.CRASHED and not self.offline):
             return False
+        if end == NOISY and choose(known, task, self.settings).record is not None:
+            return False  # another kernel wins
         return (self.store.directory, RecordKey.of(task, facts).text, label) not in _failed_here
 
     def _verify(
@@ -246,17 +254,26 @@ class Resolver:
                 if left <= 0:
                     complete = False
                     break
-                evaluation = evaluate(task, kernel, record, self.settings, self.binaries)
-                log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
-                if evaluation.status in TRIES:
+                evaluation = self._evaluate(task, kernel, record)
+                if ending(evaluation, self.settings) in TRIES:
                     _failed_here.add((self.store.directory, key.text, kernel.label))
-                known = merge(known, task, kernel, evaluation, facts, origin=self._origin(kernel, task, record))
+                origin = self._origin(kernel, task, record)
+                known = merge(known, task, kernel, evaluation, facts, origin, self.settings)
                 self.store.put_decision(key, known)
         if known.record is not None:
             self._keep_binary(known.record, facts)
         if not complete:
             return dataclasses.replace(known, reason="kept Inductor: the verification budget is spent (verify_budget_s)")
         return known
+
+    def _evaluate(self, task: Task, kernel: Kernel, record: Record | None) -> Evaluation:
+        """One evaluation, and a second with full timing of the same constants if the first is too noisy to tell."""
+        evaluation = evaluate(task, kernel, record, self.settings, self.binaries)
+        if ending(evaluation, self.settings) == NOISY:
+            log.debug("%s %s on %s: %s; timed again", task.signature, task.key, kernel.label, NOISY)
+            evaluation = evaluate(task, kernel, record, self.settings, self.binaries, again=evaluation)
+        log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
+        return evaluation
 
     def _keep_binary(self, record: Record, facts: DeviceFacts) -> None:
         """Put the code that was measured into the store: the first call of the region need not compile it again."""
@@ -280,11 +297,13 @@ class Resolver:
         return decision if record is None else choose(self.store.put_winner(key, record), task, self.settings)
 
 
-def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str) -> Decision:
+def merge(
+    known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, facts: DeviceFacts, origin: str, settings: Settings
+) -> Decision:
     """`known` with one more evaluation; the record is the fastest correct kernel so far (relative to its baselines), if not yet
     a winner. Earlier tries stay while they all end in one of the ways of `TRIES`, to be counted."""
-    again = TRIES if evaluation.status in TRIES else {}
-    tried = (*((n, e) for n, e in known.tried if n != kernel.label or e.status in again), (kernel.label, evaluation))
+    again = TRIES if ending(evaluation, settings) in TRIES else {}
+    tried = (*((n, e) for n, e in known.tried if n != kernel.label or ending(e, settings) in again), (kernel.label, evaluation))
     record = known.record
     if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
         record = None  # its evidence is being replaced
@@ -293,9 +312,22 @@ def merge(known: Decision, task: Task, kernel: Kernel, evaluation: Evaluation, f
     return Decision(record, known.reason, tried)
 
 
-def last_outcome(known: Decision, label: str) -> tuple[Status, int]:
+def ending(evaluation: Evaluation, settings: Settings) -> str:
+    """How an evaluation ended: its status, or `NOISY` if it is the spread that keeps the kernel out."""
+    speedup = evaluation.speedup
+    if settings.swap != "fastest" or speedup is None or speedup < settings.min_speedup or _at_quartile(evaluation) >= 1.0:
+        return str(evaluation.status)
+    return NOISY
+
+
+def _at_quartile(evaluation: Evaluation) -> float:
+    """The best baseline's time over the kernel's at the lower quartile of the turns in which both ran."""
+    return (evaluation.speedup or 0.0) * (1.0 - (evaluation.spread or 0.0))
+
+
+def last_outcome(known: Decision, label: str, settings: Settings) -> tuple[str, int]:
     """How the last evaluation of a kernel that was tried ended, and how many there were; see `merge` for those that count."""
-    outcomes = [evaluation.status for name, evaluation in known.tried if name == label]
+    outcomes = [ending(evaluation, settings) for name, evaluation in known.tried if name == label]
     return outcomes[-1], len(outcomes)
 
 
@@ -307,43 +339,66 @@ def choose(known: Decision, task: Task, settings: Settings) -> Decision:
     """
     record = known.record
     if record is None:
-        return dataclasses.replace(known, reason=_why_nothing(known, task))
+        return dataclasses.replace(known, reason=_why_nothing(known, task, settings))
     if settings.swap == "correct":
         return dataclasses.replace(known, reason=f"swapped: {record.kernel_name} is correct (swap='correct')")
     speedup = record.evaluation.speedup
     if speedup is None:
         return dataclasses.replace(known, record=None, reason="kept Inductor: the kernel is correct but was not timed")
-    needed = max(settings.min_speedup, 1.0 / max(1.0 - (record.evaluation.spread or 0.0), 1e-3))
-    if speedup < needed:
-        reason = f"kept Inductor: {record.kernel_name} runs at {speedup:.2f}x the best baseline, {needed:.2f}x is needed"
+    found = f"{record.kernel_name} runs at {speedup:.2f}x the best baseline"
+    if speedup < settings.min_speedup:
+        reason = f"kept Inductor: {found}, {settings.min_speedup:.2f}x is needed"
         return dataclasses.replace(known, record=None, reason=reason)
-    return dataclasses.replace(known, reason=f"swapped: {record.kernel_name} runs at {speedup:.2f}x the best baseline")
+    if ending(record.evaluation, settings) == NOISY:
+        return dataclasses.replace(known, record=None, reason=_why_noisy(known, record, found, settings))
+    return dataclasses.replace(known, reason=f"swapped: {found}")
 
 
-def _why_nothing(known: Decision, task: Task) -> str:
+def _why_noisy(known: Decision, record: Record, found: str, settings: Settings) -> str:
+    label = parse_kernel(record.kernel_text, record.kernel_name).label
+    times = sum(name == label and ending(evaluation, settings) == NOISY for name, evaluation in known.tried)
+    next_time = f"later processes time it again, try {times} of {TRIES[NOISY]}"
+    if times >= TRIES[NOISY]:
+        next_time = f"to time it again: llmkernels cache rm {record.task.key}"
+    return f"kept Inductor: {NOISY}: {found}, but at {_at_quartile(record.evaluation):.2f}x at the lower quartile; {next_time}"
+
+
+def _why_nothing(known: Decision, task: Task, settings: Settings) -> str:
     if known.reason.startswith("kept Inductor"):
         return known.reason
     if known.tried:
-        outcomes = {name: last_outcome(known, name) for name, _ in known.tried}
-        said = ", ".join(f"{name} {_in_words(*outcome)}" for name, outcome in outcomes.items())
-        by_chance = any(status in TRIES for status, _ in outcomes.values())
+        last = dict(known.tried)
+        outcomes = {name: last_outcome(known, name, settings) for name in last}
+        said = "; ".join(f"{name} {_in_words(*outcome, last[name].detail)}" for name, outcome in outcomes.items())
+        by_chance = any(end in TRIES for end, _ in outcomes.values())
         remedy = f"; to try them again: llmkernels cache rm {task.key}" if by_chance else ""
-        return f"kept Inductor: no kernel passed on this device ({said}){remedy}"
+        wrong = [name for name, (end, _) in outcomes.items() if end not in TRIES]
+        script = f"; to see it: llmkernels repro {task.key} --kernel {wrong[0].partition('@')[0]}" if wrong else ""
+        return f"kept Inductor: no kernel passed on this device ({said}){script}{remedy}"
     return f"kept Inductor: no kernel implements {task.signature} for this task on {task.device}"
 
 
-def _in_words(status: Status, times: int) -> str:
-    return f"{status}, try {times} of {TRIES[status]}" if status in TRIES else str(status)
+def _in_words(end: str, times: int, detail: str) -> str:
+    """How a kernel ended, and for what is no chance the first sentence of the detail: which output, by how much."""
+    if end in TRIES:
+        return f"{end}, try {times} of {TRIES[end]}"
+    first = detail.strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    return f"{end}: {first if len(first) <= MOST_DETAIL else first[:MOST_DETAIL] + '...'}" if first else end
 
 
-def evaluate(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "") -> Evaluation:
+def evaluate(
+    task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "", again: Evaluation | None = None
+) -> Evaluation:
     """Check and time one kernel on the current device, in this process's worker; a record's constants are taken, others tuned.
 
     Args:
         binaries: Folder of compiled code that the worker looks in and adds to.
+        again: What an earlier evaluation found: its constants are taken, and timed for as long as a ranking takes.
     """
-    index = target_for(task.device).current()
-    return worker(settings).evaluate(job_of(task, kernel, record, settings, binaries, index))
+    job = job_of(task, kernel, record, settings, binaries, target_for(task.device).current())
+    if again is not None:
+        job = dataclasses.replace(job, constants=dict(again.constants), brief=False, seed=job.seed + 1)
+    return worker(settings).evaluate(job)
 
 
 def job_of(task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str, index: int) -> Job:
