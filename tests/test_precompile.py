@@ -22,7 +22,7 @@ from torch_llmkernels.cache import bundle
 from torch_llmkernels.capture import Call, capture, capture_graphs
 from torch_llmkernels.cli import main
 from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
-from torch_llmkernels.evaluation import Evaluation, Record
+from torch_llmkernels.evaluation import Decision, Evaluation, Record
 from torch_llmkernels.graph_decision import GraphDecision, graph_key
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.options import read_request
@@ -86,7 +86,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Evaluati
 
 
 def keep_all(model: Any, calls: Any, graphs: Any, winners: dict[str, Record], **options: Any) -> list[GraphDecision]:
-    pairs = tuple((key, record_digest(record)) for key, record in sorted(winners.items()))
+    pairs = tuple(sorted((record.task.key, record_digest(record)) for record in winners.values()))
     return [GraphDecision(graph.key, pairs, (), 2.0, 1.0, 0.01) for graph in graphs]
 
 
@@ -178,6 +178,33 @@ def test_decisions_are_remembered_and_not_made_again(script: Evaluations) -> Non
 
 
 @needs_compiler
+def test_with_specialize_the_static_tasks_are_decided_too(script: Evaluations, tmp_path: Path, monkeypatch) -> None:
+    """Where a kernel serves fixed sizes only, the backend looks a dynamic region up at the sizes at hand."""
+    path = tmp_path / "library" / "layer_norm" / "layer_norm.cpp"
+    path.write_text(KERNEL.read_text().replace("\nalign ", '\nstatic = ["rows"]\nalign '))
+    x = [torch.randn(rows, 32) for rows in (4, 6)]  # the second number of rows makes a dynamic graph
+    captured = capture_graphs(nn.LayerNorm(32), [Call((each,)) for each in x])
+    (dynamic,) = [task for graph in captured for task in graph.tasks if task.is_dynamic]
+    report = precompile(nn.LayerNorm(32), (x[0],), more_inputs=[(x[1],)], options={"specialize": True}, progress=False)
+    assert dynamic.at().key in script.asked and dynamic.key not in script.asked
+    assert report.complete and dynamic.key in report.swapped
+    asked = len(script.asked)
+    again = precompile(nn.LayerNorm(32), (x[0],), more_inputs=[(x[1],)], options={"specialize": True}, progress=False)
+    assert len(script.asked) == asked and again.swapped == report.swapped
+    assert "to decide: 0 regions" in str(precompile(nn.LayerNorm(32), (x[0],), more_inputs=[(x[1],)],
+                                                    options={"specialize": True}, dry_run=True))  # fmt: skip
+
+
+def test_a_veto_binds_the_static_kernel_of_a_dynamic_region(script: Evaluations) -> None:
+    (graph,) = capture_graphs(nn.LayerNorm(32), [Call((torch.randn(4, 32),), dynamic_dims={0: [0]})])
+    (task,) = graph.tasks
+    record = Record(task.at(), "static", KERNEL.read_text(), (("GRAIN", 1),), "cpu", evaluation(), "library")
+    request, paired = read_request(None, {"specialize": True}), Paired(1.0, 2.0, 0.5, 0.01)
+    graph_decision.decide_from(paired, [task], [record], request)
+    (decision,) = graph_decision.apply([task], [Decision(record, "swapped")], request)
+    assert decision.record is None and "gains nothing" in decision.reason
+
+
 def test_an_interrupted_precompilation_goes_on_where_it_was(script: Evaluations) -> None:
     model, x = Norms().eval(), torch.randn(4, 32)
     script.interrupt_at = 1
@@ -342,7 +369,7 @@ def test_a_bundle_for_another_device_waits_and_says_so(script: Evaluations, expo
     ]
     bundle.export(tmp_path / "foreign.llmk", foreign)
     assert main(["cache", "import", str(tmp_path / "foreign.llmk")]) == 0
-    assert "2 candidates wait: they are for cpu-another, this device is cpu-" in capsys.readouterr().out
+    assert "2 candidates not verified here: they are for cpu-another, this device is cpu-" in capsys.readouterr().out
     assert script.asked == []
 
 

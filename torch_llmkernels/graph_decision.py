@@ -92,7 +92,7 @@ def apply(tasks: Sequence[Task], decisions: Sequence[Decision], request: Request
         reason = "kept Inductor: left out of this measurement"
         return [_without(d, reason) if t.key in forced else d for t, d in zip(tasks, decisions, strict=True)]
     known = measured(tasks, request) if any(decision.record for decision in decisions) else None
-    return list(decisions) if known is None else [_judged(t, d, known) for t, d in zip(tasks, decisions, strict=True)]
+    return list(decisions) if known is None else [_judged(d, known) for d in decisions]
 
 
 def measured(tasks: Sequence[Task], request: Request) -> GraphDecision | None:
@@ -119,13 +119,13 @@ def decide_from(paired: Paired, tasks: Sequence[Task], records: Sequence[Record]
     return decision
 
 
-def _judged(task: Task, decision: Decision, known: GraphDecision) -> Decision:
+def _judged(decision: Decision, known: GraphDecision) -> Decision:
     if decision.record is None:
         return decision
-    measured = record_digest(decision.record)
-    if dict(known.vetoed).get(task.key) == measured:
+    key, measured = decision.record.task.key, record_digest(decision.record)  # with `specialize`, of the static task
+    if dict(known.vetoed).get(key) == measured:
         return _without(decision, f"kept Inductor: {decision.record.kernel_name} wins alone, the whole model gains nothing")
-    if dict(known.swapped).get(task.key) == measured:
+    if dict(known.swapped).get(key) == measured:
         return dataclasses.replace(decision, reason=f"{decision.reason}; whole model {known.speedup:.2f}x Inductor")
     return decision
 

@@ -23,7 +23,6 @@ import torch
 
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.cache import bundle
-from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, check_devices, untouched
 from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
@@ -35,7 +34,7 @@ from torch_llmkernels.plan import record_digest
 from torch_llmkernels.precompilation.budget import Budget
 from torch_llmkernels.precompilation.table import bar, text
 from torch_llmkernels.precompilation.whole_graph import measure, median_ms, step_of
-from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, plan_regions, unverified
+from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, looked_up, plan_regions, standing
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
@@ -86,7 +85,8 @@ class PrecompileReport:
         """Keys of the tasks whose kernels a compilation of this model now swaps in, in at least one graph."""
         if not self.graphs:
             return frozenset(self.winners)
-        return frozenset(key for graph in self.graphs for key, _ in graph.swapped)
+        kept = {key for graph in self.graphs for key, _ in graph.swapped}
+        return frozenset(key for key, record in self.winners.items() if record.task.key in kept)
 
     def __str__(self) -> str:
         return text(self)
@@ -139,6 +139,8 @@ def precompile(
         raise SettingsError(f"budget_tokens must not be negative, not {budget_tokens}")
     begin = time.monotonic()
     settings = knobs.current().updated(_ours(options))
+    if dynamic_dims:
+        settings = settings.updated({"specialize": False})  # sizes that were promised to vary are never fixed
     calls = [Call(tuple(a), kwargs or {}, dynamic_dims or {}) for a in (args, *more_inputs)]
     for call in calls:
         check_devices(model, call)
@@ -229,13 +231,23 @@ def _decide(region: PlannedRegion, settings: Settings, budget: Budget) -> Planne
     settings = settings.updated({"verify_budget_s": budget.seconds_left, **({"on_miss": "fallback"} if searchable else {})})
     resolver = Resolver(settings, offline=True)
     try:
-        decision = resolver.decide(region.task)
+        decision = decide_region(region.task, resolver)
         note = budget.refusal() if searchable else ""
         if searchable and decision.record is None and not note:
             decision, note = _search(region.task, settings, budget)
     except SearchError as error:  # one region's search must not cost the others theirs
         return _left_open(region, str(error))
     return _decided(region, resolver, decision, note)
+
+
+def decide_region(task: Task, resolver: Resolver) -> Decision:
+    """The decision for a region as the backend would make it: see `worth.looked_up`."""
+    first, *others = looked_up(task, resolver.settings)
+    found = resolver.decide(first)
+    for static in others if found.record is None else ():
+        at_this_size = resolver.decide(static)
+        found = at_this_size if at_this_size.record else found
+    return found
 
 
 def _search(task: Task, settings: Settings, budget: Budget) -> tuple[Decision, str]:
@@ -260,7 +272,7 @@ def _left_open(region: PlannedRegion, note: str) -> PlannedRegion:
 def _decided(region: PlannedRegion, resolver: Resolver, decision: Decision, note: str) -> PlannedRegion:
     """The region with what is known now; `note`: why a search for it is still to come, or empty."""
     facts = target_for(region.task.device).facts()
-    unfinished = unverified(resolver, region.task, facts, resolver.known(RecordKey.of(region.task, facts)))
+    _, unfinished = standing(resolver, region.task, facts)
     to_search = bool(note) and decision.record is None
     state = "unverified" if unfinished else "search" if to_search else "miss" if region.state == "miss" else "decided"
     region_ms = best_baseline_ms(decision) or region.region_ms
@@ -270,7 +282,7 @@ def _decided(region: PlannedRegion, resolver: Resolver, decision: Decision, note
 
 
 def winners(regions: Iterable[PlannedRegion]) -> dict[str, Record]:
-    """Records that win in isolation, by task key."""
+    """Records that win in isolation, by the key of the region's task; with `specialize`, a record may be of it at one size."""
     return {r.task.key: r.decision.record for r in regions if r.decision and r.decision.record and r.state != "unavailable"}
 
 
@@ -300,7 +312,8 @@ def decide_graphs(
 
 def _answers(decision: GraphDecision, graph: CapturedGraph, won: Mapping[str, Record]) -> bool:
     """Whether a stored measurement was made with the kernels that would be swapped in now."""
-    now = {task.key: record_digest(won[task.key]) for task in graph.tasks if task.key in won}
+    records = [won[task.key] for task in graph.tasks if task.key in won]
+    now = {record.task.key: record_digest(record) for record in records}
     return now == dict((*decision.swapped, *decision.vetoed))
 
 

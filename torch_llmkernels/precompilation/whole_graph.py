@@ -174,10 +174,9 @@ def _variant(vetoed: frozenset[str]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _aside(variants: int) -> Iterator[None]:
     """Room in Dynamo's cache for that many variants of every graph; their reports do not outlive the measurement."""
-    config, reports = torch._dynamo.config, registry.report()
-    with config.patch(recompile_limit=config.recompile_limit + variants * 8):
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=config.recompile_limit + variants * 8), registry.forgetting():
         yield
-    registry.restore(reports)
 
 
 def measure(
@@ -249,8 +248,11 @@ def _groups(graphs: Sequence[CapturedGraph], winners: Mapping[str, Record]) -> l
 
 def _decision(graph: CapturedGraph, winners: Mapping[str, Record], vetoed: frozenset[str], final: Paired) -> GraphDecision:
     keys = sorted({task.key for task in graph.tasks} & set(winners))
-    pairs = [(key, record_digest(winners[key])) for key in keys]
+    stay, leave = ([winners[key] for key in keys if (key in vetoed) == out] for out in (False, True))
     return GraphDecision(
-        graph.key, tuple(p for p in pairs if p[0] not in vetoed), tuple(p for p in pairs if p[0] in vetoed),
-        final.first_ms, final.second_ms, final.noise,
+        graph.key, _digests(stay), _digests(leave), final.first_ms, final.second_ms, final.noise,
     )  # fmt: skip
+
+
+def _digests(records: Sequence[Record]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((record.task.key, record_digest(record)) for record in records))

@@ -94,13 +94,12 @@ def _planned(task: Task, count: int, model_ms: float, resolver: Resolver) -> Pla
     if reason := target.unavailable():
         return PlannedRegion(task, count, "unavailable", decision=Decision(None, f"kept Inductor: {reason}"))
     facts, settings = target.facts(), resolver.settings
-    known = resolver.known(RecordKey.of(task, facts))
-    kernels = unverified(resolver, task, facts, known)
-    chosen = choose(known, task, settings) if known else None
+    chosen, pending = standing(resolver, task, facts)
+    kernels = [kernel for _, kernel in pending]
     searching = bool(settings.provider) and not (chosen and chosen.record)
-    state = "unverified" if kernels else "search" if searching else "decided" if known else "miss"
-    region_ms = best_baseline_ms(known) or _eager_region_ms(task)
-    seconds, tokens = _estimate(task, facts, kernels, settings if searching else None)
+    state = "unverified" if kernels else "search" if searching else "decided" if chosen else "miss"
+    region_ms = best_baseline_ms(chosen) or _eager_region_ms(task)
+    seconds, tokens = _estimate(task.device, facts, pending, settings if searching else None)
     return PlannedRegion(
         task,
         count,
@@ -137,13 +136,33 @@ def _floor_ms(task: Task, facts: DeviceFacts) -> float:
     return floor(task, facts, measure_ceilings(task.device, target_for(task.device).current())).ms
 
 
-def _estimate(task: Task, facts: DeviceFacts, kernels: Sequence[Kernel], search: Settings | None) -> tuple[float, int]:
-    """(seconds, tokens) that deciding a task takes, at most; `search`: the settings, if a search follows."""
-    choices = sum(max(0, len(kernel.tunings(task, facts)) - 1) for kernel in kernels)
-    seconds = len(kernels) * SECONDS_PER_KERNEL[task.device] + choices * SECONDS_PER_TUNING[task.device]
+def _estimate(
+    device: str, facts: DeviceFacts, pending: Sequence[tuple[Task, Kernel]], search: Settings | None
+) -> tuple[float, int]:
+    """(seconds, tokens) that verifying the pending kernels takes, at most; `search`: the settings, if a search follows."""
+    choices = sum(max(0, len(kernel.tunings(task, facts)) - 1) for task, kernel in pending)
+    seconds = len(pending) * SECONDS_PER_KERNEL[device] + choices * SECONDS_PER_TUNING[device]
     return (seconds + search.search_budget_s, search.search_budget_tokens) if search else (seconds, 0)
 
 
-def unverified(resolver: Resolver, task: Task, facts: DeviceFacts, known: Decision | None) -> list[Kernel]:
-    """Kernels that could serve a task and have not been verified on this device."""
-    return [kernel for kernel, _ in resolver.unverified(task, facts, known or Decision(None, "nothing verified yet"))]
+def looked_up(task: Task, settings: Settings) -> list[Task]:
+    """The tasks that the backend looks up for a region, in order.
+
+    With `specialize`, where nothing serves a dynamic one, that is also the static one that it is at the sizes that were captured.
+    """
+    return [task, task.at()] if settings.specialize and task.is_dynamic else [task]
+
+
+def standing(resolver: Resolver, task: Task, facts: DeviceFacts) -> tuple[Decision | None, list[tuple[Task, Kernel]]]:
+    """What is decided for a region on this device (None: nothing is), and which kernels are to be verified for which task."""
+    decision, pending = None, []
+    for each in looked_up(task, resolver.settings):
+        known = resolver.known(RecordKey.of(each, facts))
+        open_here = resolver.unverified(each, facts, known or Decision(None, "nothing verified yet"))
+        pending += [(each, kernel) for kernel, _ in open_here]
+        found = choose(known, each, resolver.settings) if known else None
+        if found is not None and (decision is None or found.record):
+            decision = found
+        if found is not None and found.record and not open_here:
+            break
+    return decision, pending
