@@ -6,17 +6,22 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from records import evaluation
 from swapping import record_of, swapping
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_inductor_cache
 
 import torch_llmkernels
 from torch_llmkernels import backend, graph_decision
-from torch_llmkernels.errors import LLMKernelsError
+from torch_llmkernels.errors import CompileError, LLMKernelsError, TaskError
 from torch_llmkernels.evaluation import Decision, Status
+from torch_llmkernels.graph import op
 from torch_llmkernels.graph_decision import GraphDecision
 from torch_llmkernels.options import read_request
 from torch_llmkernels.plan import record_digest
@@ -72,6 +77,58 @@ def test_a_report_is_of_one_compiled_model_or_of_the_process(decided: None) -> N
     assert plain[0]["regions"][0]["evaluation"]["baselines_ms"] == {"eager": 1.0, "inductor": 1.5}
 
 
+def test_what_cannot_be_swapped_in_is_not_reported_as_swapped(decided: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor by a later compilation that finds the code in torch's caches, where nothing is swapped any more."""
+
+    def refuse(*args: Any) -> None:
+        raise TaskError("a size cannot be read off the inputs")
+
+    monkeypatch.setattr(backend, "swap", refuse)
+    with inductor_config.patch(fx_graph_cache=True), functorch_config.patch(enable_autograd_cache=True), fresh_inductor_cache():
+        for why in ("a size cannot be read off the inputs", "torch's cached code"):
+            torch._dynamo.reset()
+            compiled = torch.compile(nn.LayerNorm(16), backend=backend.llmkernels)
+            compiled(torch.ones(2, 16))
+            (region,) = torch_llmkernels.report(compiled).regions
+            assert not region.swapped and why in region.reason
+
+
+def test_what_goes_wrong_during_the_swaps_leaves_the_graph_to_inductor(
+    decided: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = backend.swap, []
+
+    def second_fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("boom")
+        return real(*args)
+
+    monkeypatch.setattr(backend, "swap", second_fails)
+    compiled, x = torch.compile(norm_softmax(16), backend=backend.llmkernels), torch.randn(2, 16)
+    torch.testing.assert_close(compiled(x), norm_softmax(16)(x))
+    (graph,) = torch_llmkernels.report(compiled)
+    assert "boom" in graph.note and not graph.swapped
+    with pytest.raises(Exception, match="boom"):
+        calls.clear()
+        torch.compile(norm_softmax(16), backend=backend.llmkernels, options={"strict": True})(x)
+
+
+def test_a_region_that_runs_its_reference_is_not_reported_as_swapped(
+    decided: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise CompileError("no such instruction")
+
+    monkeypatch.setattr(op, "build_launcher", refuse)
+    compiled = torch.compile(nn.LayerNorm(16), backend=backend.llmkernels)
+    compiled(torch.ones(2, 16))
+    report = torch_llmkernels.report(compiled)
+    assert not report.swapped and report.regions[0].reason == "runs its reference: no such instruction"
+    (row,) = [line for line in str(report).splitlines() if "layer_norm" in line]
+    assert "eager" in row and "Inductor" not in row
+
+
 def test_a_report_prints_one_line_per_distinct_region() -> None:
     norm = RegionReport("layer_norm", "0123456789", "4x8 f32", True, "swapped: k runs at 2.00x", "k", "library", evaluation())
     softmax = RegionReport("softmax", "abc", "4x8 f32", False, "kept Inductor: no kernel")
@@ -83,10 +140,10 @@ def test_a_report_prints_one_line_per_distinct_region() -> None:
     assert any("Inductor" in line and "no kernel" in line for line in lines if "softmax" in line)
     assert any(line.startswith(" 1/0") and "nothing" in line for line in lines)
     assert "2 graphs, 3 regions, 2 swapped" in lines[-2]
-    assert lines[-1] == "graph 0/0, measured whole: Inductor 3.000 ms, with 1 kernels 2.000 ms: 1.50x (noise 1.0%)"
+    assert lines[-1] == "graph 0/0, measured whole: Inductor 3.000 ms, with 1 kernel 2.000 ms: 1.50x (noise 1.0%)"
     vetoed = GraphDecision("g", (), (("0123456789", "d"),), 3.0, 4.0, 0.01)
     last = str(Report([GraphReport("0/0", (norm,), measured=vetoed)])).splitlines()[-1]
-    assert last == "graph 0/0, measured whole: Inductor 3.000 ms, with 1 kernels 4.000 ms: none of them stays (noise 1.0%)"
+    assert last == "graph 0/0, measured whole: Inductor 3.000 ms, with 1 kernel 4.000 ms: none of them stays (noise 1.0%)"
 
 
 def test_what_was_measured_about_the_whole_graph_is_in_its_report(decided: None) -> None:

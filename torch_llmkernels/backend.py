@@ -35,7 +35,7 @@ from torch_llmkernels.errors import TaskError
 from torch_llmkernels.evaluation import Decision, Record
 from torch_llmkernels.graph.constants import constants_of
 from torch_llmkernels.graph.decompose import decomp_table, late_decompose
-from torch_llmkernels.graph.op import decode_spec, encode_spec, scratch_bytes, set_settings, workspace_layouts
+from torch_llmkernels.graph.op import binding, decode_spec, encode_spec, scratch_bytes, set_settings, workspace_layouts
 from torch_llmkernels.graph.regions import Region, find_regions
 from torch_llmkernels.graph.scan import might_match
 from torch_llmkernels.graph.swap import swap, tidy
@@ -133,7 +133,8 @@ def compile_swapped(gm: fx.GraphModule, example_inputs: Sequence[Any], request: 
 
     for record in swaps.wanted:
         set_settings(encode_spec(record), request.settings)
-    return _compile_fx(gm, example_inputs, request, swaps)
+    with binding() as swaps.bound:
+        return _compile_fx(gm, example_inputs, request, swaps)
 
 
 def _compile_fx(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request, joint_pass: Any, **more: Any) -> Any:
@@ -193,7 +194,8 @@ class SwapPass(CustomGraphPass):
         theirs = request.inductor_option("joint_custom_pre_pass")
         self.theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs] if theirs else []
         self.cacheable = all(isinstance(p, CustomGraphPass) and p.uuid() for p in self.theirs) and self.settings.fuel < 0
-        self.refused: dict[str, list[str]] = {}  # by task, one reason for each of its regions that was not swapped
+        self.became: dict[str, list[Decision]] | None = None  # by task, what became of each of its regions; None: it did not run
+        self.bound: set[str] = set()  # the specs that the compiled graph holds, as far as it is loaded
 
     @property
     def wanted(self) -> list[Record]:
@@ -201,18 +203,18 @@ class SwapPass(CustomGraphPass):
         return [decision.record for decision in self.decisions.values() if decision.record]
 
     def outcomes(self, tasks: Sequence[Task]) -> list[Decision]:
-        """What became of the decisions for the tasks of the graph's regions, in graph order.
+        """What became of the decisions for the tasks of the graph's regions, in graph order."""
+        if self.became is None:
+            return [self._in_cached_code(self.decisions[task.key]) for task in tasks]
+        became = {key: iter(decisions) for key, decisions in self.became.items()}
+        missed = [_kept(self.decisions[task.key], "the region is not in the graph that Inductor compiled") for task in tasks]
+        return [next(became.get(task.key, iter(())), kept) for task, kept in zip(tasks, missed, strict=True)]
 
-        Of regions with equal tasks the last ones are those that were refused: fuel ends once.
-        """
-        found = []
-        for position, task in enumerate(tasks):
-            decision, reasons = self.decisions[task.key], self.refused.get(task.key, [])
-            after = sum(later.key == task.key for later in tasks[position + 1 :])
-            if after < len(reasons):
-                decision = dataclasses.replace(decision, record=None, reason=f"kept Inductor: {reasons[-1 - after]}")
-            found.append(decision)
-        return found
+    def _in_cached_code(self, decision: Decision) -> Decision:
+        """The decision, if the code that torch's cache had holds the kernel; C++ wrappers do not say what they hold."""
+        if decision.record and not self.request.inductor_option("cpp_wrapper") and encode_spec(decision.record) not in self.bound:
+            return _kept(decision, "it could not be swapped in when torch's cached code of this graph was compiled")
+        return decision
 
     def uuid(self) -> Any:
         """Everything that the swapped graph depends on and torch's own key lacks.
@@ -229,13 +231,8 @@ class SwapPass(CustomGraphPass):
         return ("llmkernels", plan.source_digest(), self.settings.max_regions, chosen, [p.uuid() for p in self.theirs])
 
     def __call__(self, graph: fx.Graph) -> None:
-        try:
-            if self._swap(graph):
-                tidy(graph)
-        except Exception as error:  # whatever our own code does wrong, the graph is still one that Inductor can compile
-            if self.settings.strict:
-                raise
-            log.warning("kept Inductor for the rest of graph %s: %s: %s", _graph_name(), type(error).__name__, error)
+        if self._swap(graph):
+            tidy(graph)
         late_decompose(graph)
         for their_pass in self.theirs:
             their_pass(graph)
@@ -243,19 +240,31 @@ class SwapPass(CustomGraphPass):
     def _swap(self, graph: fx.Graph) -> bool:
         """Swap every winner in; whether there was one."""
         replaced: dict[fx.Node, fx.Node] = {}
+        self.became = {} if self.became is None else self.became  # subgraphs come one by one
         for region in find_tasks(graph, self.request)[0]:
-            key = region.task.key
-            decision = self.decisions.get(key)
-            if decision is None or decision.record is None:
-                continue
-            if not plan.take_fuel(self.settings.fuel):
-                self.refused.setdefault(key, []).append(f"the fuel of {self.settings.fuel} regions is spent")
-                continue
-            try:
-                swap(graph, region, decision.record, replaced)
-            except TaskError as error:
-                self.refused.setdefault(key, []).append(str(error))
+            decision = self.decisions.get(region.task.key)
+            if decision is not None:
+                self.became.setdefault(region.task.key, []).append(self._swap_one(graph, region, decision, replaced))
         return bool(replaced)
+
+    def _swap_one(
+        self, graph: fx.Graph, region: RegionTask, decision: Decision, replaced: dict[fx.Node, fx.Node]
+    ) -> Decision:
+        """Swap the winner in, if there is one and it can be; what became of the decision."""
+        if decision.record is None:
+            return decision
+        if not plan.take_fuel(self.settings.fuel):
+            return _kept(decision, f"the fuel of {self.settings.fuel} regions is spent")
+        try:
+            swap(graph, region, decision.record, replaced)
+        except TaskError as error:
+            return _kept(decision, str(error))
+        return decision
+
+
+def _kept(decision: Decision, reason: str) -> Decision:
+    """Inductor in the place of a decision's kernel."""
+    return decision if decision.record is None else dataclasses.replace(decision, record=None, reason=f"kept Inductor: {reason}")
 
 
 def _scratch(record: Record) -> tuple[int, ...]:

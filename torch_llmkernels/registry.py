@@ -6,17 +6,21 @@ of the call that it was compiled for, which is how the two find one another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import io
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluation import Decision, Evaluation, GraphDecision
+from torch_llmkernels.graph.op import encode_spec, why_reference
 from torch_llmkernels.task import Task
+from torch_llmkernels.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +31,14 @@ class RegionReport:
         signature: Name of what it computes.
         key: The task's key; empty for a region that never became a task.
         shapes: Its inputs in words, such as `16x1024 f32, 1024 f32`.
-        swapped: Whether a kernel of the library runs instead of Inductor's code.
+        swapped: Whether a kernel of the library runs instead of Inductor's code. Where one was swapped in and cannot be built in
+            this process, the region runs its reference, eagerly, and this is False from the first call on.
         reason: Why, in one line.
         kernel: Name of the kernel that was swapped in, else empty.
         origin: Where that kernel came from, else empty.
         evaluation: Its evidence, if a kernel was considered.
         considered: Name of the kernel that `evaluation` is about, swapped in or not.
+        spec: What the region's slot was bound from, if a kernel was swapped in; not part of `to_json`.
     """
 
     signature: str
@@ -44,6 +50,7 @@ class RegionReport:
     origin: str = ""
     evaluation: Evaluation | None = None
     considered: str = ""
+    spec: str = dataclasses.field(default="", repr=False)
 
     @classmethod
     def of(cls, task: Task, decision: Decision) -> RegionReport:
@@ -52,8 +59,15 @@ class RegionReport:
         label, evidence = (name, record.evaluation) if record else decision.tried[-1] if decision.tried else ("", None)
         return cls(
             task.signature, task.key, shapes_of(task), record is not None, decision.reason, name,
-            record.origin if record else "", evidence, label.partition("@")[0],
+            record.origin if record else "", evidence, label.partition("@")[0], encode_spec(record) if record else "",
         )  # fmt: skip
+
+    def as_it_runs(self) -> RegionReport:
+        """This report, or the one of a region that was swapped and runs its reference in this process."""
+        reason = why_reference(self.spec) if self.swapped and self.spec else ""
+        if not reason:
+            return self
+        return dataclasses.replace(self, swapped=False, kernel="", reason=f"runs its reference: {reason}")
 
     @property
     def kernel_ms(self) -> float | None:
@@ -72,7 +86,7 @@ class RegionReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: the fields, and the three numbers above."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "spec"}
         numbers = {"kernel_ms": self.kernel_ms, "baseline_ms": self.baseline_ms, "speedup": self.speedup}
         return {**plain, **numbers, "evaluation": self.evaluation and self.evaluation.to_json()}
 
@@ -88,7 +102,7 @@ class GraphReport:
     """One compiled graph.
 
     Attributes:
-        name: Which graph: torch's compile id, such as `0/0`, or the digest of a graph compiled outside Dynamo.
+        name: Which graph: torch's compile id, such as `0/0`; `?` for one compiled outside Dynamo.
         regions: Every region that was found, in graph order.
         note: Why the whole graph went to Inductor without a look at its regions; else empty.
         measured: What was measured about the whole graph, or None: then its swaps rest on their margin in isolation.
@@ -103,6 +117,10 @@ class GraphReport:
     def swapped(self) -> list[RegionReport]:
         """Those that run a kernel of the library."""
         return [region for region in self.regions if region.swapped]
+
+    def as_it_runs(self) -> GraphReport:
+        """This report, with `RegionReport.as_it_runs` of every region."""
+        return dataclasses.replace(self, regions=tuple(region.as_it_runs() for region in self.regions))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -156,11 +174,16 @@ def replace(old: GraphReport, new: GraphReport) -> None:
         _graphs[:] = [(new if graph is old else graph, owner) for graph, owner in _graphs]
 
 
-def restore(reports: Report) -> None:
-    """Forget every graph but these: a measurement compiles variants that are nobody's."""
-    keep = {id(graph) for graph in reports}
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """Forget the graphs that are compiled inside: a measurement compiles variants that are nobody's."""
     with _lock:
-        _graphs[:] = [(graph, owner) for graph, owner in _graphs if id(graph) in keep]
+        before = list(_graphs)
+    try:
+        yield
+    finally:
+        with _lock:
+            _graphs[:] = before
 
 
 def report(compiled: Any = None) -> Report:
@@ -178,7 +201,8 @@ def report(compiled: Any = None) -> Report:
     """
     owner = None if compiled is None else _backend_of(compiled)
     with _lock:
-        return Report(graph for graph, of in _graphs if compiled is None or (of is not None and of() is owner))
+        graphs = [graph for graph, of in _graphs if compiled is None or (of is not None and of() is owner)]
+    return Report(graph.as_it_runs() for graph in graphs)
 
 
 def _compiling_for() -> Any:
@@ -222,7 +246,7 @@ def _closure(function: Any) -> dict[str, Any]:
 
 
 def clear() -> None:
-    """Forget them; `torch._dynamo.reset()` does."""
+    """Forget every graph."""
     with _lock:
         _graphs.clear()
 
@@ -267,19 +291,24 @@ def _row(graph: str, region: RegionReport, count: int) -> list[str]:
         return "-" if value is None else format(value, form)
 
     return [
-        graph, region.signature, region.key[:8], region.shapes, str(count), region.kernel if region.swapped else "Inductor",
+        graph, region.signature, region.key[:8], region.shapes, str(count), _runs(region),
         number(region.kernel_ms, ".4f"), number(region.baseline_ms, ".4f"), number(region.speedup, ".2f"), region.origin or "-",
         region.reason.removeprefix("kept Inductor: ").removeprefix("swapped: "),
     ]  # fmt: skip
 
 
+def _runs(region: RegionReport) -> str:
+    return region.kernel if region.swapped else "eager" if region.spec else "Inductor"
+
+
 def _summary(report: Report) -> list[str]:
     """The lines below the table."""
-    lines = [f"{len(report)} graphs, {len(report.regions)} regions, {len(report.swapped)} swapped; ratio: the region alone"]
+    counts = f"{counted(len(report), 'graph')}, {counted(len(report.regions), 'region')}, {len(report.swapped)} swapped"
+    lines = [f"{counts}; ratio: baseline over kernel, the region alone, as the median of the ratios of paired samples"]
     for graph in report:
         if found := graph.measured:
             count = len(found.swapped or found.vetoed)
-            times = f"Inductor {found.inductor_ms:.3f} ms, with {count} kernels {found.swapped_ms:.3f} ms"
+            times = f"Inductor {found.inductor_ms:.3f} ms, with {counted(count, 'kernel')} {found.swapped_ms:.3f} ms"
             outcome = f"{found.speedup:.2f}x" if found.swapped else "none of them stays"
             lines.append(f"graph {graph.name}, measured whole: {times}: {outcome} (noise {found.noise:.1%})")
     return lines

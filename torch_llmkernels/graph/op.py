@@ -10,6 +10,8 @@ on another one.
 from __future__ import annotations
 
 import base64
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
@@ -17,7 +19,7 @@ import logging
 import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -253,6 +255,7 @@ class Slot:
 _slots: dict[tuple[str, tuple[int, ...] | None], Slot] = {}
 _slots_lock = threading.Lock()
 _settings: dict[str, Settings] = {}
+_recorder: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("llmkernels_bound", default=None)
 
 
 def set_settings(spec: str, settings: Settings) -> None:
@@ -269,12 +272,31 @@ def bind(spec: str, scratch: tuple[int, ...] | None = None) -> Slot:
         spec: From `encode_spec`.
         scratch: Bytes of each workspace that the caller passes; None: it asks `Slot.workspaces` for them.
     """
+    bound = _recorder.get()
+    if bound is not None:
+        bound.add(spec)
     slot = _slots.get((spec, scratch))
     if slot is None:
         with _slots_lock:
             settings = _settings.get(spec) or settings_module.current()
             slot = _slots.setdefault((spec, scratch), Slot(decode_spec(spec), settings, scratch))
     return slot
+
+
+@contextlib.contextmanager
+def binding() -> Iterator[set[str]]:
+    """The specs that are bound inside, by generated code that is loaded there: what a compiled graph really holds."""
+    bound: set[str] = set()
+    token = _recorder.set(bound)
+    try:
+        yield bound
+    finally:
+        _recorder.reset(token)
+
+
+def why_reference(spec: str) -> str:
+    """Why some slot of this spec runs its reference in this process; empty while all of them run their kernel."""
+    return next((slot.reason for (bound, _), slot in list(_slots.items()) if bound == spec and slot.reason), "")
 
 
 def _renew_locks() -> None:
@@ -346,7 +368,7 @@ def workspace_layouts(spec: Spec, device: torch.device) -> tuple[Workspace, ...]
         kernel = parse_kernel(spec.kernel_text, spec.kernel_name)
         if not kernel.workspace:
             return ()
-        return workspaces(kernel, spec.task, dict(spec.constants), target_for(device.type).facts(device.index or 0))
+        return workspaces(kernel, spec.task, dict(spec.constants), target_for(device.type).facts(device.index))
     except LLMKernelsError:
         return ()  # the build fails for the same reason, and says so
 
