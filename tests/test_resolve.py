@@ -351,6 +351,23 @@ def test_while_another_process_verifies_inductor_is_kept(setup) -> None:
     assert script.asked == []
 
 
+def test_what_another_process_verified_just_before_is_not_verified_again(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look-up and the lock, the process that held it finishes."""
+    make, script = setup
+    resolver, other = make(), make()
+    other.store = Store(resolver.store.directory)
+    lock = resolver.store.lock
+
+    def late(key: str, wait: bool = False) -> contextlib.AbstractContextManager[bool]:
+        other.decide(TASK)
+        return lock(key, wait)
+
+    monkeypatch.setattr(resolver.store, "lock", late)
+    assert resolver.decide(TASK).record.kernel_name == "fast"
+    assert sorted(name for name, _ in script.asked) == ["fast", "slow"]  # once each
+    other.store.close()
+
+
 def test_equal_tasks_share_one_decision(setup, monkeypatch: pytest.MonkeyPatch) -> None:
     make, script = setup
     resolver = make()

@@ -17,7 +17,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,9 @@ class Resolver:
         facts = target.facts()
         key = RecordKey.of(task, facts)
         known = self.known(key) or Decision(None, "nothing verified yet")
-        candidates = self.unverified(task, facts, known)
-        if candidates:
+        if self.unverified(task, facts, known):
             self._start_ahead()
-            known = self._verify(task, facts, key, candidates, known)
+            known = self._verify(task, facts, key, known)
         decision = choose(known, task, self.settings)
         if decision.record is None and not decision.tried and self.excluded:
             why = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.excluded.items()))
@@ -240,16 +239,14 @@ class Resolver:
             return False  # another kernel wins
         return (self.store.directory, RecordKey.of(task, facts).text, label) not in _failed_here
 
-    def _verify(
-        self, task: Task, facts: DeviceFacts, key: RecordKey, candidates: Iterable[tuple[Kernel, Record | None]], known: Decision
-    ) -> Decision:
-        """Evaluate `candidates` under the task's lock and remember the outcome; what the budget does not cover stays open."""
+    def _verify(self, task: Task, facts: DeviceFacts, key: RecordKey, known: Decision) -> Decision:
+        """Evaluate what is unverified under the task's lock, remember the outcome; what the budget does not cover stays open."""
         with self.store.lock(key.text) as mine:
             if not mine:
                 return dataclasses.replace(known, reason="kept Inductor: another process is verifying this task")
             known = self.known(key, explained=False) or known
             complete = True
-            for kernel, record in candidates:
+            for kernel, record in self.unverified(task, facts, known):  # anew: whoever held the lock before has verified some
                 left = self.deadline - time.monotonic()
                 if left <= 0:
                     complete = False
