@@ -382,6 +382,19 @@ def test_a_kernel_that_cannot_serve_the_task_is_named_with_its_reason(setup) -> 
     assert "fast: " in reason and "float64" in reason
 
 
+def test_rows_that_no_stride_walks_over_are_said_first(setup) -> None:
+    """What a patch embedding leaves: a matrix per image, channels in front of patches in memory."""
+    make, _ = setup
+    task = layer_norm_task(8, 64)
+    spec = dataclasses.replace(task.inputs[0], shape=(4, 8, 64), stride=(512, 1, 8))
+    resolver = make()
+    path = resolver.library.root / "layer_norm" / "slow.cpp"
+    for name in ("slow", "fast"):
+        path.with_stem(name).write_text(KERNEL.replace("dtypes", 'where = ["x.ndim == 2"]\ndtypes'))
+    reason = make().decide(dataclasses.replace(task, inputs=(spec, *task.inputs[1:]))).reason
+    assert "serves this task (rows cannot be merged: x of shape (4, 8, 64) has strides (512, 1, 8); fast: " in reason
+
+
 def test_kernels_of_later_tasks_compile_in_a_process_of_their_own(
     setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from torch_llmkernels import registry
 from torch_llmkernels.graph.regions import find_regions
+from torch_llmkernels.graph.rows import why_not_merged
 from torch_llmkernels.graph.task_of import task_of
 from torch_llmkernels.task import Task
 
@@ -170,6 +171,22 @@ def test_a_strided_input_is_viewed_without_a_copy(kernels: Kernels) -> None:
     torch.testing.assert_close(got, x[..., 8:16].softmax(-1))
     assert kernels.calls["softmax"] == 1
     assert "cpp_fused" not in code and "reinterpret_tensor" in code
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: F.layer_norm(x, (8,), W, W), lambda x: x.softmax(-1)], ids=["layer_norm", "softmax"]
+)
+def test_strides_that_keep_rows_apart_are_named(fn: Callable) -> None:
+    """What a patch embedding leaves: channels in front of the patches in memory."""
+    (task,) = tasks(fn, torch.randn(4, 8, 6).transpose(1, 2))
+    assert why_not_merged(task) == "rows cannot be merged: x of shape (4, 6, 8) has strides (48, 1, 6)"
+    (merged,) = tasks(fn, torch.randn(4, 6, 8))
+    assert why_not_merged(merged) == ""
+
+
+def test_a_softmax_over_another_dimension_has_no_rows() -> None:
+    (task,) = tasks(lambda x: x.softmax(1), torch.randn(4, 8, 6).transpose(1, 2))
+    assert why_not_merged(task) == ""
 
 
 def test_a_shipped_kernel_serves_every_rank(tmp_path: Path) -> None:

@@ -117,7 +117,10 @@ class Resolver:
             known = self._verify(task, facts, key, known)
         decision = choose(known, task, self.settings)
         if decision.record is None and not decision.tried and self.excluded:
-            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.excluded.items()))
+            from torch_llmkernels.graph.rows import why_not_merged  # imports torch, which most look-ups have no need of
+
+            unmerged = [reason] if (reason := why_not_merged(task)) else []
+            why = "; ".join(unmerged + [f"{name}: {reason}" for name, reason in sorted(self.excluded.items())])
             reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
             decision = dataclasses.replace(decision, reason=reason)
         return decision if decision.record else self._miss(task, facts, key, decision)

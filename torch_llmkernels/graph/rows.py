@@ -30,6 +30,7 @@ from torch_llmkernels.graph.calls import (
 )
 from torch_llmkernels.graph.patterns import POINTWISE
 from torch_llmkernels.graph.regions import Region
+from torch_llmkernels.task import Task
 
 _RESHAPES = ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
 _NORMS = ("aten.native_layer_norm.default", "aten.native_layer_norm_backward.default", "aten._fused_rms_norm.default",
@@ -167,6 +168,32 @@ def _steps_evenly(sizes: tuple[Any, ...], strides: tuple[Any, ...]) -> bool:
     """Whether one stride walks over all of these dimensions, for every value of their symbols."""
     kept = [(n, s) for n, s in zip(sizes, strides, strict=True) if not _same([n], [1])]
     return all(_same([outer], [n * inner]) for (_, outer), (n, inner) in itertools.pairwise(kept))
+
+
+def why_not_merged(task: Task) -> str:
+    """Why the rows of a norm's or a softmax's task are no matrix, as far as strides forbid it: one line, or empty."""
+    static = task.at()
+    columns = _columns_of_task(static)
+    if columns is None:
+        return ""
+    for spec in (*static.inputs, *static.outputs):
+        leading = len(spec.shape) - columns
+        if leading > 1 and not _steps_evenly(spec.shape[:leading], spec.stride[:leading]):
+            return f"rows cannot be merged: {spec.name} of shape {spec.shape} has strides {spec.stride}"
+    return ""
+
+
+def _columns_of_task(task: Task) -> int | None:
+    """Over how many trailing dimensions the first norm or softmax of a static task works; None if it has none."""
+    ranks = {spec.name: len(spec.shape) for spec in task.inputs}
+    for node in task.program:
+        given = [task.param[arg["p"]] if isinstance(arg, dict) and "p" in arg else arg for arg in node.args]
+        if node.op in _NORMS:
+            return next((len(value) for value in given if isinstance(value, (list, tuple))), None)
+        if node.op in _OVER_ONE_DIM:
+            dim, rank = next((v for v in given if type(v) is int), None), max(ranks.values())
+            return 1 if dim in (-1, rank - 1) else None
+    return None
 
 
 def _same(left: Any, right: Any) -> bool:
