@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from tasks import layer_norm_task, softmax_task
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from torch_llmkernels import plan
+from torch_llmkernels import graph_decision, plan
 from torch_llmkernels.cache.store import open_store
+from torch_llmkernels.evaluation import GraphDecision
+from torch_llmkernels.graph_decision import graph_key
 from torch_llmkernels.options import read_request
 from torch_llmkernels.plan import Plan, graph_digest
 from torch_llmkernels.registry import RegionReport
@@ -55,6 +59,47 @@ def test_the_digest_tells_code_options_and_modes_apart() -> None:
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         digests.add(digest_of())
     assert len(digests) == 7
+
+
+class Pass(CustomGraphPass):
+    """A pass of a user, that does nothing."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+    def __call__(self, graph: fx.Graph) -> None: ...
+
+    def uuid(self) -> str | None:
+        return self.name
+
+
+def a_pass(graph: fx.Graph) -> None:
+    """Another, as a function."""
+
+
+@pytest.mark.parametrize("make", [lambda: Pass("a"), lambda: a_pass, lambda: [Pass("a"), a_pass]])
+def test_passes_are_known_by_what_another_process_calls_them(make: Callable, settings: Settings) -> None:
+    keys = {digest_of(post_grad_custom_pre_pass=make()) for _ in range(2)}
+    assert len(keys) == 1 and keys != {digest_of(post_grad_custom_pre_pass=Pass("b"))}
+    assert len({graph_key([], read_request(None, {"post_grad_custom_pre_pass": make()})) for _ in range(2)}) == 1
+    plan.remember(*keys, FOUND, settings)
+    assert plan.recall(*keys, settings) == FOUND
+
+
+@pytest.mark.parametrize("nameless", [Pass(None), lambda graph: None, functools.partial(a_pass), object()])
+def test_what_depends_on_a_pass_without_a_name_is_not_remembered(nameless: object, settings: Settings) -> None:
+    """It would never be found by another process, and might be found for another object at the same address."""
+    key = digest_of(post_grad_custom_pre_pass=nameless)
+    plan.remember(key, FOUND, settings)
+    assert plan.recall(key, settings) is None
+    graph = graph_key([], read_request(None, {"post_grad_custom_pre_pass": nameless}))
+    graph_decision.remember(GraphDecision(graph, (), (), 1.0, 1.0, 0.1), "cpu", settings)
+    assert graph_decision.recall(graph, "cpu", settings) is None and not open_store(settings).keys()
+
+
+def test_ranks_agree_whatever_the_address_of_a_pass(settings: Settings) -> None:
+    requests = [read_request(None, {"post_grad_custom_pre_pass": functools.partial(a_pass)}) for _ in range(2)]
+    assert len({graph_decision.job_key(FOUND.tasks, request) for request in requests}) == 1
 
 
 def test_plans_survive_the_process(settings: Settings) -> None:

@@ -20,7 +20,7 @@ from torch_llmkernels.cache.key import torch_version
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.evaluation import Decision, GraphDecision, Record
 from torch_llmkernels.options import Request
-from torch_llmkernels.plan import record_digest
+from torch_llmkernels.plan import is_lasting, lasting, named_options, record_digest, without_addresses
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task, digest
 
@@ -63,8 +63,8 @@ def graph_key(tasks: Sequence[Task], request: Request) -> str:
 
     Not the digest of the captured code: `no_grad` and `inference_mode`, and two spellings of one model, share a measurement.
     """
-    options = sorted((name, repr(value)) for name, value in request.inductor.config.items())
-    return digest([[task.key for task in tasks], options, torch_version()])
+    options = named_options(request)
+    return lasting(options, digest([[task.key for task in tasks], options, torch_version()]))
 
 
 def job_key(tasks: Sequence[Task], request: Request) -> str:
@@ -76,7 +76,8 @@ def job_key(tasks: Sequence[Task], request: Request) -> str:
     device = [reason] if reason else [target.facts().kind, str(target.facts().driver)]
     knobs = [settings.swap, settings.min_speedup, settings.specialize, settings.verify, settings.fuel]
     sizes = [task.at().key for task in tasks] if settings.specialize else []
-    return digest([graph_key(tasks, request), device, knobs, sizes])
+    options = without_addresses(str(named_options(request)))  # the ranks run one program: a nameless pass is the same on all
+    return digest([[task.key for task in tasks], options, torch_version(), device, knobs, sizes])
 
 
 def apply(tasks: Sequence[Task], decisions: Sequence[Decision], request: Request) -> list[Decision]:
@@ -154,13 +155,18 @@ def forcing(vetoed: frozenset[str]) -> Iterator[None]:
 
 def recall(graph: str, device: str, settings: Settings) -> GraphDecision | None:
     """What was measured about a graph on this device, or came in a bundle from one of its kind and driver; or None."""
+    if not is_lasting(graph):
+        return None
     from torch_llmkernels.kernels.targets import target_for
 
     return open_store(settings).graph_decision(graph, target_for(device).facts())
 
 
 def remember(decision: GraphDecision, device: str, settings: Settings) -> None:
-    """Keep what was measured about a graph on this device."""
+    """Keep what was measured about a graph on this device, if its key lasts."""
+    if not is_lasting(decision.graph):
+        log.warning("what was measured about a graph is not kept: an option is a pass without a uuid() or a name of its own")
+        return
     from torch_llmkernels.kernels.targets import target_for
 
     facts = target_for(device).facts()

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,7 +70,9 @@ _PREFIX = "plan/"
 
 
 def recall(key: str, settings: Settings) -> Plan | None:
-    """The plan remembered under `key`, here or in the store; None if there is none that can be read."""
+    """The plan remembered under `key`, here or in the store; None if there is none that can be read, or `key` does not last."""
+    if not is_lasting(key):
+        return None
     if key in _plans:
         return _plans[key]
     try:
@@ -82,7 +85,9 @@ def recall(key: str, settings: Settings) -> Plan | None:
 
 
 def remember(key: str, found: Plan, settings: Settings) -> None:
-    """Keep a plan, here and in the store."""
+    """Keep a plan, here and in the store, if its key lasts."""
+    if not is_lasting(key):
+        return
     _plans[key] = found
     try:
         _store(settings).put(_PREFIX + key, found.to_bytes())
@@ -110,18 +115,57 @@ def _store(settings: Settings) -> Any:
 
 
 def graph_digest(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> str:
-    """Digest of everything that decides which tasks a captured graph holds: code, tensors, modes and flags."""
+    """Digest of everything that decides which tasks a captured graph holds: code, tensors, modes and flags; see `lasting`."""
     modules = [(name, module) for name, module in gm.named_modules()]
     code = [[name, module.graph.python_code("self").src] for name, module in modules if isinstance(module, fx.GraphModule)]
     leaves = [[name, repr(module)] for name, module in modules if not isinstance(module, fx.GraphModule)]
     state = [[name, _describe(t)] for name, t in (*gm.named_parameters(), *gm.named_buffers())]
     hints = [_hints(value) for value in example_inputs] if request.settings.specialize else []
-    options = sorted((name, repr(value)) for name, value in request.inductor.config.items())
-    options.append(("freezing", repr(request.inductor_option("freezing"))))
-    return digest([
-        source_digest(), torch.__version__, code, leaves, state, [_describe(value) for value in example_inputs], options,
+    inputs, options = [_describe(value) for value in example_inputs], named_options(request)
+    freezing = repr(request.inductor_option("freezing"))
+    return lasting([options, leaves, inputs], digest([
+        source_digest(), torch.__version__, code, leaves, state, inputs, options, freezing,
         request.library.digest, request.settings.max_regions, hints, _flags(),
-    ])  # fmt: skip
+    ]))  # fmt: skip
+
+
+_ADDRESS = " at 0x"
+_PASSING = "passing/"
+
+
+def named_options(request: Request) -> list[tuple[str, str]]:
+    """Inductor's options of a request in words that mean the same in every process, as far as their values have such a name."""
+    return sorted((name, _named(value)) for name, value in request.inductor.config.items())
+
+
+def _named(value: Any) -> str:
+    """A pass by its `uuid`, a function or class by its qualified name; a value without a name by its address."""
+    if callable(getattr(value, "uuid", None)) and not isinstance(value, type):
+        uuid = value.uuid()
+        return f"{type(value).__module__}.{type(value).__qualname__} {uuid!r}" if uuid else f"{_ADDRESS}{id(value):x}"
+    name = getattr(value, "__qualname__", None)
+    if isinstance(name, str):  # one made in a function, or without a name, may be another in the next process
+        return f"{_ADDRESS}{id(value):x}" if "<" in name else f"{value.__module__}.{name}"
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {[_named(each) for each in value]}"
+    if isinstance(value, dict):
+        return f"dict of {[(_named(key), _named(each)) for key, each in value.items()]}"
+    return repr(value)
+
+
+def lasting(described: Any, key: str) -> str:
+    """`key`, marked as one that means nothing in another process if an address is among what it was made of."""
+    return f"{_PASSING}{key}" if _ADDRESS in str(described) else key
+
+
+def without_addresses(described: str) -> str:
+    """A description with every address left out."""
+    return re.sub(f"{_ADDRESS}[0-9a-f]+", "", described)
+
+
+def is_lasting(key: str) -> bool:
+    """Whether something may be remembered under this key: an address may be of another object by the next time."""
+    return not key.startswith(_PASSING)
 
 
 def _describe(value: Any) -> str:
