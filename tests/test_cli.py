@@ -18,7 +18,8 @@ from torch_llmkernels.cache.store import Store
 from torch_llmkernels.capture import capture
 from torch_llmkernels.cli import main
 from torch_llmkernels.cli.doctor import Finding, examine
-from torch_llmkernels.cli.explain import explain, made
+from torch_llmkernels.cli.explain import explain
+from torch_llmkernels.cli.factory import made
 from torch_llmkernels.evaluation import Decision, Status
 from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
@@ -81,6 +82,16 @@ def test_list_and_show(store: Store, capsys) -> None:
     assert "ln is correct, 2.00x the best baseline" in listed[0]["what"] and "x:float32[8,64]" in listed[0]["what"]
     assert main(["cache", "show", TASK.key]) == 0
     assert json.loads(capsys.readouterr().out)["decision"]["record"]["kernel_text"] == KERNEL
+
+
+def test_the_library_is_listed_by_task_key(store: Store, capsys) -> None:
+    """What `repro` and `search start` take; the store is empty here."""
+    assert main(["cache", "list", "--library", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["key"], row["region"], row["kernel"]) == (tasks.layer_norm_task(cols=256).key, "layer_norm", "ln")
+    assert row["inputs"].startswith("8x256 f32") and row["of the best"] == "2.00x"
+    assert main(["cache", "list", "--library"]) == 0
+    assert row["key"] in capsys.readouterr().out
 
 
 def test_show_wants_one_entry(store: Store, capsys) -> None:
@@ -155,7 +166,7 @@ def test_export_and_import_carry_candidates(store: Store, tmp_path: Path, monkey
     assert main(["cache", "export", bundle]) == 0
     monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "other"))
     assert main(["cache", "import", bundle, "--later"]) == 0
-    assert "added 1 candidates" in capsys.readouterr().out
+    assert "added 1 candidate to" in capsys.readouterr().out
     other = Store(tmp_path / "other")
     assert [record.origin for record in other.imported("layer_norm")] == ["import:mine"] and list(other.decisions()) == []
 
@@ -244,6 +255,9 @@ class Net(torch.nn.Module):
 def make():
     return Net(), torch.ones(8, 64)
 
+def alone():
+    return Net()
+
 def number():
     return 3
 """
@@ -304,11 +318,27 @@ def test_error_of_the_users_script_is_one_line(store: Store, tmp_path: Path, cap
     (tmp_path / "broken.py").write_text("def make():\n    return undefined_name\n")
     assert main(["explain", f"{tmp_path}/broken.py:make"]) == 1
     assert capsys.readouterr().err == (
-        "llmkernels: NameError: name 'undefined_name' is not defined (llmkernels --debug ... shows where)\n"
+        f"llmkernels: {tmp_path}/broken.py:make raised NameError: name 'undefined_name' is not defined; "
+        "run it by itself, or with llmkernels --debug, to see where\n"
     )
 
 
 def test_a_long_error_of_torch_is_cut(store: Store, tmp_path: Path, capsys) -> None:
     (tmp_path / "loud.py").write_text("def make():\n    raise RuntimeError('word ' * 1000)\n")
     assert main(["explain", f"{tmp_path}/loud.py:make"]) == 1
-    assert len(capsys.readouterr().err) < 400
+    assert len(capsys.readouterr().err) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["explain", "precompile"])
+def test_a_model_without_the_inputs_that_it_needs_is_wrong_usage(store: Store, script: str, command: str, capsys) -> None:
+    assert main([command, f"{script}:alone"]) == 2
+    err = capsys.readouterr().err
+    assert f"{script}:alone returned no inputs: return (model, inputs) or pass --input" in err and err.count("\n") == 1
+
+
+def test_explain_takes_inputs_and_a_device_from_the_command_line(store: Store, script: str, capsys) -> None:
+    assert main(["explain", f"{script}:alone", "--input", "4x64", "--input", "2x64", "--device", "cpu", "--json"]) == 0
+    regions = json.loads(capsys.readouterr().out)
+    assert [region["inputs"].split(",")[0] for region in regions] == ["4x64 f32", "d0x64 f32"]  # as in torch.compile
+    assert main(["explain", f"{script}:alone", "--input", "four"]) == 2
+    assert "--input 'four'" in capsys.readouterr().err

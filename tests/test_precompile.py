@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from records import evaluation
+from tasks import layer_norm_task
 from torch import nn
 
 from torch_llmkernels import graph_decision, plan, resolve, settings
@@ -29,6 +30,7 @@ from torch_llmkernels.options import read_request
 from torch_llmkernels.plan import record_digest
 from torch_llmkernels.precompilation import precompile, run, whole_graph
 from torch_llmkernels.precompilation.whole_graph import Paired, Variants, measure
+from torch_llmkernels.precompilation.worth import PlannedRegion, within_whole
 from torch_llmkernels.search.on_miss import Standing
 
 KERNEL = Path(__file__).parent / "kernels" / "layer_norm.cpp"
@@ -325,10 +327,23 @@ def test_winners_are_exported(script: Evaluations, tmp_path: Path) -> None:
 
 def test_a_bundle_that_cannot_be_written_is_refused_before_anything_is_verified(script: Evaluations, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for place in (tmp_path, tmp_path / "file" / "model.llmk"):
+    for place in (tmp_path, tmp_path / "file" / "model.llmk", tmp_path / "nowhere" / "model.llmk"):
         with pytest.raises(LLMKernelsError, match="bundle cannot be written"):
             precompile(Norms().eval(), (torch.randn(4, 32),), export=place)
-    assert script.asked == []
+    assert script.asked == [] and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("budget", [-5.0, float("nan")])
+def test_a_budget_that_is_no_number_of_seconds_is_refused(budget: float) -> None:
+    with pytest.raises(SettingsError, match="budget must be a number of seconds"):
+        precompile(nn.Tanh(), (torch.randn(4),), budget=budget)
+
+
+def test_shares_add_up_to_no_more_than_the_model() -> None:
+    """Alone, each region pays for a call of its own, so the two of a tiny model can each take as long as all of it."""
+    tasks = [layer_norm_task(rows, 16) for rows in (2, 4)]
+    assert [r.share for r in within_whole([PlannedRegion(t, 1, "miss", share=1.0) for t in tasks])] == [0.5, 0.5]
+    assert [r.share for r in within_whole([PlannedRegion(t, 1, "miss", share=0.25) for t in tasks])] == [0.25, 0.25]
 
 
 def test_inputs_that_the_model_does_not_take_are_its_own_error(script: Evaluations) -> None:

@@ -15,9 +15,10 @@ import tasks
 from scripted_search import SMALL, ScriptedModel, ScriptedPool, code_reply, default_answer, goal, ideas_reply, kernel, open_engine
 
 from torch_llmkernels.cli import main
+from torch_llmkernels.errors import SearchError
 from torch_llmkernels.evaluation import Evaluation
-from torch_llmkernels.search import progress
-from torch_llmkernels.search.engine import finish, open_run
+from torch_llmkernels.search import commands, progress
+from torch_llmkernels.search.engine import Engine, finish, open_run
 from torch_llmkernels.search.llm import Reply
 from torch_llmkernels.search.report import dataset, render_html
 from torch_llmkernels.search.run import Run
@@ -178,14 +179,37 @@ class TestCommands:
         start = ["search", "start", str(task), "--folder", str(folder), "--provider", "exchange"]
         assert main([*start, "--device-file", str(device), "--set", "rounds=1", "--set", "variants=1", "--no-bank"]) == 0
         (prompt,) = (folder / "exchange" / "prompts").iterdir()
-        assert "at most" in (said := capsys.readouterr().out) and "answer 1 prompts" in said
+        assert "at most" in (said := capsys.readouterr().out) and "answer 1 prompt," in said and f"waiting: {prompt.stem}" in said
         (folder / "exchange" / "replies" / prompt.name).write_text(ideas_reply("vectorise", "unroll"))
         assert main(["search", "step", str(folder), "--no-compile"]) == 0
         assert "answer 2 prompts" in capsys.readouterr().out
-        for waiting in open_run(folder).tree.prompts.values():
-            (folder / "exchange" / "replies" / f"{waiting.id}.md").write_text(code_reply("1.0"))
+        first, second = (p for p in open_run(folder).tree.prompts.values() if p.role == "code")
+        (folder / "exchange" / "replies" / f"{first.id}.md").write_text(code_reply("1.0"))
+        (folder / "exchange" / "replies" / f"{second.id}.md").write_text("I would rather not.")
         assert main(["search", "step", str(folder), "--no-compile"]) == 0
-        assert "1 candidates wait for the device" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"rejected: reply {second.id} ({second.slot}): " in said  # and it is asked again
+        assert "1 candidate to be evaluated on the device: llmkernels search evaluate" in said and "answer 1 prompt," in said
+
+    def test_known_kernels_are_measured_before_the_first_prompt(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = open_run(tmp_path, goal(provider="exchange", bank=(("known", kernel("3.000")),)))
+        Engine(run).drive()
+        assert main(["search", "status", str(tmp_path)]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "1 known kernel to be evaluated on the device before the first prompt" in said and "prompts" not in said
+
+    def test_a_signature_of_many_tasks_lists_each_with_key_shapes_and_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        known = [tasks.layer_norm_task(cols=16 * n) for n in range(1, 10)]
+        monkeypatch.setattr(commands, "_known_tasks", lambda: iter(known))
+        with pytest.raises(SearchError, match="9 tasks match 'layer_norm'") as error:
+            commands._task("layer_norm")
+        assert all(f"{t.key[:8]} layer_norm 8x{t.inputs[0].shape[1]} f32" in str(error.value) for t in known)
+        assert str(error.value).count(" on cpu") == 9 and "cache list --library" in str(error.value)
+
+    def test_finishing_an_empty_run_ends_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        open_run(tmp_path, goal(provider="exchange"))
+        assert main(["search", "finish", str(tmp_path)]) == 0
+        assert "ended: finish" in (said := capsys.readouterr().out) and "search step" not in said
 
     @pytest.mark.parametrize(("ended", "advice"), [
         ("rounds: all 2 are done", "extend RUN rounds=4"), ("plateau: 2 rounds gained less than 2%", "extend RUN patience=7"),
@@ -214,6 +238,8 @@ class TestCommands:
         (["status", "nowhere"], 1, "holds no search"),
         (["start", "no-such-task", "--provider", "exchange"], 1, "no task matches"),
         (["start", "TASK"], 2, "no provider"),
+        (["start", "notes.txt"], 1, "notes.txt is not a JSON file"),
+        (["start", "device.json"], 1, "neither a task nor a record"),
         (["start", "TASK", "--provider", "opnai"], 2, "unknown provider"),
         (["start", "TASK", "--provider", "exchange", "--set", "rouns=2"], 2, "did you mean 'rounds'"),
         (["start", "TASK", "--provider", "exchange", "--set", "rounds"], 2, "NAME=VALUE"),
@@ -227,6 +253,7 @@ class TestCommands:
         monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "store"))
         (tmp_path / "task.json").write_text(json.dumps(tasks.relu_add_task().to_json()))
         (tmp_path / "device.json").write_text(json.dumps({"facts": FACTS, "ceilings": CEILINGS}))
+        (tmp_path / "notes.txt").write_text("other shapes")
         spelt = ["task.json" if a == "TASK" else a for a in arguments]
         assert main(["search", *spelt, *(["--device-file", "device.json"] if "start" in spelt else [])]) == code
         error = capsys.readouterr().err

@@ -60,7 +60,8 @@ def find(key: str, settings: Settings, kernel: str = "") -> Subject:
         raise StoreError(f"{key!r} starts {len(keys)} keys; give more digits of one: {', '.join(keys[:5])}")
     if not found:
         what = f"kernel {kernel!r} for a task" if kernel else "task with a kernel"
-        raise StoreError(f"no {what} has a key that starts with {key!r}, in the store or the library; see: llmkernels cache list")
+        listed = "llmkernels cache list, llmkernels cache list --library"
+        raise StoreError(f"no {what} has a key that starts with {key!r}, in the store or the library; see: {listed}")
     return found[0]
 
 

@@ -70,6 +70,8 @@ def export(
     Raises:
         StoreError: if the file cannot be written.
     """
+    if not Path(path).absolute().parent.is_dir():
+        raise StoreError(f"bundle {path} cannot be written: its folder is not there; make it first, or name another place")
     entries: dict[str, bytes] = {}
     for record in records:
         entries[_name("records", record.to_json())] = canonical_json(record.to_json()).encode()

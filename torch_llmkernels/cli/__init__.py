@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 from torch_llmkernels import __version__
 from torch_llmkernels.cli import cache, doctor, explain, knobs, precompile, repro
-from torch_llmkernels.cli.output import UsageError
+from torch_llmkernels.cli.output import UsageError, short
 from torch_llmkernels.errors import LLMKernelsError, SettingsError
 
 Command = Callable[["argparse._SubParsersAction[argparse.ArgumentParser]"], None]
@@ -65,5 +64,4 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, LLMKernelsError):
         return f"llmkernels: {text}"
-    text = textwrap.shorten(text, 300, placeholder=" ...")  # torch's own errors can fill a screen
-    return f"llmkernels: {type(error).__name__}: {text} (llmkernels --debug ... shows where)"
+    return f"llmkernels: {type(error).__name__}: {short(text)} (llmkernels --debug ... shows where)"

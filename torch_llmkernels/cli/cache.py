@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.cli import output
 from torch_llmkernels.errors import LLMKernelsError, SchemaError, StoreError
+from torch_llmkernels.words import counted
 
 if TYPE_CHECKING:
     from torch_llmkernels.cache.store import Store
@@ -27,7 +28,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group = subparsers.add_parser("cache", help="the persistent store: list, show, verify, export, import, rm")
     actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
 
-    parser = actions.add_parser("list", help="what is stored")
+    parser = actions.add_parser("list", help="what is stored, or with --library what is shipped: one line per task, with its key")
+    parser.add_argument("--library", action="store_true", help="the records of the kernel library instead of the store")
     output.add_json(parser)
     parser.set_defaults(run=_list)
 
@@ -85,6 +87,8 @@ def _find(store: Store, wanted: str) -> str:
 
 
 def _list(args: argparse.Namespace) -> int:
+    if args.library:
+        return _list_library(args)
     store = _open()
     keys = store.keys()
     rows = [_row(store, key) for key in keys if not key.startswith("meta/")]
@@ -92,6 +96,25 @@ def _list(args: argparse.Namespace) -> int:
         output.print_json([dict(zip(("key", "size", "what"), row, strict=True)) for row in rows])
     else:
         output.print_table(f"store {store.directory}", ("key", "bytes", "what"), rows)
+    return 0
+
+
+def _list_library(args: argparse.Namespace) -> int:
+    """The library's records by task key, which is what `llmkernels repro` and `llmkernels search start` take."""
+    from torch_llmkernels.cache.library import default_library
+    from torch_llmkernels.registry import shapes_of
+
+    library = default_library(knobs.current())
+    columns = ("key", "device", "region", "kernel", "of the best", "inputs")
+    rows = []
+    for record in library.records():
+        speedup, task = record.evaluation.speedup, record.task
+        ratio = f"{speedup:.2f}x" if speedup else "-"
+        rows.append((task.key, record.device_kind, task.signature, record.kernel_name, ratio, shapes_of(task)))
+    if args.json:
+        output.print_json([dict(zip(columns, row, strict=True)) for row in rows])
+    else:
+        output.print_table(f"library {library.root}: records", columns, rows)
     return 0
 
 
@@ -153,7 +176,7 @@ def _verify(args: argparse.Namespace) -> int:
     else:
         for line in problems:
             print(line)
-        print(f"{len(store.keys())} entries in {store.directory}, {len(problems)} problems")
+        print(f"{len(store.keys())} entries in {store.directory}, {counted(len(problems), 'problem')}")
     return int(bool(problems))
 
 
@@ -214,7 +237,7 @@ def _export(args: argparse.Namespace) -> int:
     names = [key.removeprefix("binary/") for key in store.keys("binary/")] if args.binaries else []
     binaries = {name: store.binary(name) or b"" for name in names}
     count = bundle.export(args.file, store.all_imported(), store.decisions(), binaries, store.graph_decisions())
-    print(f"wrote {count} entries to {args.file}")
+    print(f"wrote {count} {'entry' if count == 1 else 'entries'} to {args.file}")
     return 0
 
 
@@ -224,18 +247,18 @@ def _import(args: argparse.Namespace) -> int:
 
     store = _open(writing=True)
     done = bundle.import_(args.file, store)
-    print(f"added {len(done.records)} candidates to {store.directory}")
+    print(f"added {counted(len(done.records), 'candidate')} to {store.directory}")
     if done.graphs:
-        print(f"added {len(done.graphs)} whole-graph decisions; they count on devices of the same kind and driver")
+        print(f"added {counted(len(done.graphs), 'whole-graph decision')}; they count on devices of the same kind and driver")
     for line in done.skipped:
         print(f"left out {line}")
     records = [Record.from_json(json.loads(store.get(key) or b"")) for key in done.records]
     waiting = [(record, why_waiting(record)) for record in records]
     for why, count in Counter(why for _, why in waiting if why).items():
-        print(f"{count} candidates wait: {why}")
+        print(f"{counted(count, 'candidate')} not verified here: {why}")
     here = [record for record, why in waiting if not why]
     if args.later:
-        print(f"{len(here)} candidates are for this device; each is verified before its first use")
+        print(f"{counted(len(here), 'candidate')} for this device; each is verified before its first use")
         return 0
     verify_imported(here, knobs.current())
     return 0

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels import settings as knobs
-from torch_llmkernels.cli import output
+from torch_llmkernels.cli import factory, output
 from torch_llmkernels.settings import Settings
+from torch_llmkernels.words import counted
 
 if TYPE_CHECKING:
     from torch_llmkernels.capture import Call
@@ -47,7 +44,7 @@ class Explained:
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = subparsers.add_parser("explain", help="a model's regions and keys, hits and misses with the differing key field")
-    parser.add_argument("factory", help="SCRIPT.py:FUNCTION or package.module:FUNCTION, which returns (model, inputs)")
+    factory.add_arguments(parser)
     parser.add_argument("--training", action="store_true", help="with gradients: forward and backward regions")
     parser.add_argument("--dynamic", action="store_true", help="with dynamic shapes")
     output.add_json(parser)
@@ -56,63 +53,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Print one row per region."""
-    model, call = made(args.factory)
-    found = explain(model, call, knobs.current(), training=args.training, dynamic=args.dynamic)
+    model, calls = factory.made_for(args)
+    found = explain(model, calls[0], knobs.current(), training=args.training, dynamic=args.dynamic, more=calls[1:])
     if args.json:
         output.print_json([dataclasses.asdict(region) for region in found])
         return 0
     rows = [(r.graph, r.signature, r.key, r.state, "\n".join((r.inputs, r.detail, *r.differences)).strip()) for r in found]
-    output.print_table(f"{args.factory}: {len(found)} regions", ("graph", "signature", "key", "state", "inputs and why"), rows)
+    columns = ("graph", "signature", "key", "state", "inputs and why")
+    output.print_table(f"{args.factory}: {counted(len(found), 'region')}", columns, rows)
     return 0
 
 
-def made(factory: str) -> tuple[Callable[..., Any], Call]:
-    """The model and the call that `FILE.py:NAME` or `package.module:NAME` returns.
-
-    The function returns `(model, inputs)` with a tensor, a tuple of positional or a dict of keyword arguments, or a model alone
-    that takes no arguments.
-
-    Raises:
-        UsageError: if it cannot be found or returns something else.
-    """
-    place, colon, name = factory.rpartition(":")
-    if not colon or not place or not name.isidentifier():
-        raise output.UsageError(f"{factory!r} names no factory; write SCRIPT.py:FUNCTION or package.module:FUNCTION")
-    function = getattr(_module(place), name, None)
-    if not callable(function):
-        raise output.UsageError(f"{place} has no function {name!r}; write one that returns (model, inputs)")
-    from torch_llmkernels.capture import Call
-
-    result = function()
-    model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, ())
-    if not callable(model):
-        raise output.UsageError(
-            f"{factory} returned {type(result).__name__}; it must return (model, inputs), or a model without inputs"
-        )
-    if isinstance(inputs, dict):
-        return model, Call(kwargs=inputs)
-    return model, Call(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
-
-
-def _module(place: str) -> Any:
-    if not place.endswith(".py"):
-        sys.path.insert(0, "")
-        return importlib.import_module(place)
-    path = Path(place)
-    if not path.is_file():
-        raise output.UsageError(f"there is no file {path}; give the path of the script, relative to {Path.cwd()}")
-    sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # for a .py file that exists
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def explain(
-    model: Callable[..., Any], call: Call, settings: Settings, training: bool = False, dynamic: bool = False
-) -> list[Explained]:
+    model: Callable[..., Any], call: Call, settings: Settings, training: bool = False, dynamic: bool = False,
+    more: Sequence[Call] = (),
+) -> list[Explained]:  # fmt: skip
     """Every region of `model` called like `call`, graph by graph, as the backend would find it.
 
     Args:
@@ -121,13 +76,14 @@ def explain(
         settings: The knobs in force.
         training: With gradients: forward and backward regions.
         dynamic: As in `torch.compile`.
+        more: Further calls, for other input shapes.
     """
     from torch_llmkernels.capture import capture_graphs
 
     lookup = Lookup(settings)
     found: list[Explained] = []
     with knobs.using(settings):
-        graphs = capture_graphs(model, [call], training=training, dynamic=dynamic)
+        graphs = capture_graphs(model, [call, *more], training=training, dynamic=dynamic)
     for position, graph in enumerate(graphs):
         if graph.note:
             found.append(Explained(position, "(whole graph)", "", "", "skipped", graph.note))

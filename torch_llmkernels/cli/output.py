@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch_llmkernels.errors import LLMKernelsError
 
 class UsageError(LLMKernelsError):
     """An argument that cannot be what was meant: exit code 2."""
+
+
+def short(text: str, most: int = 300) -> str:
+    """`text` on one line and cut: torch's own errors can fill a screen."""
+    return textwrap.shorten(text, most, placeholder=" ...")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

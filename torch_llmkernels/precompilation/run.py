@@ -34,7 +34,7 @@ from torch_llmkernels.plan import record_digest
 from torch_llmkernels.precompilation.budget import Budget
 from torch_llmkernels.precompilation.table import bar, text
 from torch_llmkernels.precompilation.whole_graph import measure, median_ms, step_of
-from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, looked_up, plan_regions, standing
+from torch_llmkernels.precompilation.worth import PlannedRegion, best_baseline_ms, looked_up, plan_regions, standing, within_whole
 from torch_llmkernels.resolve import Resolver
 from torch_llmkernels.settings import Settings
 from torch_llmkernels.task import Task
@@ -131,10 +131,12 @@ def precompile(
 
     Raises:
         LLMKernelsError: for arguments on another device than the model, and for a place that `export` cannot be written to.
-        SettingsError: for an unknown mode or option, or both at once, and for negative tokens.
+        SettingsError: for an unknown mode or option, or both at once, and for negative seconds or tokens.
     """
     if mode and options:
         raise SettingsError("torch.compile takes mode= or options=, not both; write the mode's options out")
+    if not budget >= 0:  # nor not-a-number, which no clock reaches
+        raise SettingsError(f"budget must be a number of seconds, 0 or more, not {budget}")
     if budget_tokens is not None and budget_tokens < 0:
         raise SettingsError(f"budget_tokens must not be negative, not {budget_tokens}")
     begin = time.monotonic()
@@ -157,7 +159,7 @@ def precompile(
         if dry_run:
             return dataclasses.replace(report, seconds=time.monotonic() - begin)
         spending = Budget(begin + budget * (1 - GRAPH_SHARE), budget_tokens)
-        regions = decide(regions, settings, spending, progress)
+        regions = within_whole(decide(regions, settings, spending, progress))
         compile_options = {"mode": mode, "options": dict(options) if options else None}
         left = max(budget - (time.monotonic() - begin), 1.0)
         decided = decide_graphs(model, calls, graphs, winners(regions), settings, training, compile_options, left)
@@ -179,14 +181,12 @@ def check_writable(path: Path) -> None:
     """Refuse a bundle's path before minutes are spent on what is to go into it.
 
     Raises:
-        LLMKernelsError: if it is a folder, or its folder cannot be made or written to.
+        LLMKernelsError: if it is a folder, or its folder is not there or cannot be written to.
     """
     folder = path.absolute().parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = "it is a folder" if path.is_dir() else "" if os.access(folder, os.W_OK) else f"{folder} is not writable"
-    except OSError as error:
-        reason = f"{folder}: {error.strerror}"
+    reason = "it is a folder" if path.is_dir() else "" if os.access(folder, os.W_OK) else f"{folder} is not writable"
+    if not folder.is_dir():
+        reason = f"there is no folder {folder}; make it first, or name another place"
     if reason:
         raise LLMKernelsError(f"the bundle cannot be written to {path}: {reason}; nothing was verified yet")
 

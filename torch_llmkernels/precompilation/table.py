@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch_llmkernels.registry import shapes_of
+from torch_llmkernels.words import counted
 
 if TYPE_CHECKING:
     from torch_llmkernels.precompilation.run import PrecompileReport
@@ -89,24 +90,24 @@ def _tokens(count: int) -> str:
 
 def summary(report: PrecompileReport) -> list[str]:
     """The lines below the table."""
-    lines = [f"{report.captured} graphs, {len(report.regions)} distinct regions; eager takes {report.model_ms:.3f} ms"]
+    counts = f"{counted(report.captured, 'graph')}, {counted(len(report.regions), 'distinct region')}"
+    lines = [f"{counts}; eager takes {report.model_ms:.3f} ms"]
     lines += [f"not taken: {signature}: {reason}" for signature, reason in dict.fromkeys(report.skipped)]
     still_open = [region for region in report.regions if region.is_open]
     if report.dry_run:
         seconds, tokens = sum(r.seconds for r in still_open), sum(r.tokens for r in still_open)
         capped = report.budget_tokens is not None and tokens > report.budget_tokens
         most = f", at most {report.budget_tokens:,} tokens (budget_tokens)" if capped else _tokens(tokens)
-        return [*lines, f"to decide: {len(still_open)} regions, about {seconds:.0f} s{most}"]
+        return [*lines, f"to decide: {counted(len(still_open), 'region')}, about {seconds:.0f} s{most}"]
     lines += graph_lines(report)
     if report.tokens:
         limit = "" if report.budget_tokens is None else f" of {report.budget_tokens:,}"
         lines.append(f"searches used {report.tokens:,}{limit} tokens")
     if still_open:
-        lines.append(f"the budget ended before {len(still_open)} regions; run it again to go on where it stopped")
+        lines.append(f"the budget ended before {counted(len(still_open), 'region')}; run it again to go on where it stopped")
     if report.exported:
-        lines.append(
-            f"{len(report.winners)} kernels exported to {report.exported}; llmkernels cache import takes them in elsewhere"
-        )
+        kernels = counted(len(report.winners), "kernel")
+        lines.append(f"{kernels} exported to {report.exported}; llmkernels cache import takes them in elsewhere")
     return [*lines, f"took {report.seconds:.0f} s"]
 
 
@@ -118,7 +119,5 @@ def graph_lines(report: PrecompileReport) -> list[str]:
     if not report.swapped:
         lost = f"{graph.swapped_ms:.3f} ms with swaps, {graph.inductor_ms:.3f} ms with Inductor alone (noise {graph.noise:.1%})"
         return [f"no swaps: the whole model gains nothing by them: {lost}"]
-    return [
-        f"whole model: Inductor {graph.inductor_ms:.3f} ms, with {len(report.swapped)} swaps {graph.swapped_ms:.3f} ms: "
-        f"{graph.speedup:.2f}x (noise {graph.noise:.1%})"
-    ]
+    times = f"Inductor {graph.inductor_ms:.3f} ms, with {counted(len(report.swapped), 'swap')} {graph.swapped_ms:.3f} ms"
+    return [f"whole model: {times}: {graph.speedup:.2f}x (noise {graph.noise:.1%})"]

@@ -86,7 +86,13 @@ def plan_regions(graphs: Iterable[CapturedGraph], model_ms: float, settings: Set
     counts = Counter(task.key for task in tasks)
     resolver = Resolver(settings, offline=True)
     planned = [_planned(task, counts[task.key], model_ms, resolver) for task in {t.key: t for t in tasks}.values()]
-    return sorted(planned, key=lambda region: -region.worth)
+    return sorted(within_whole(planned), key=lambda region: -region.worth)
+
+
+def within_whole(regions: Sequence[PlannedRegion]) -> list[PlannedRegion]:
+    """The regions with shares that add up to no more than the model: alone, each also pays for a call of its own."""
+    total = max(1.0, sum(region.share for region in regions))
+    return [dataclasses.replace(region, share=region.share / total) for region in regions]
 
 
 def _planned(task: Task, count: int, model_ms: float, resolver: Resolver) -> PlannedRegion:

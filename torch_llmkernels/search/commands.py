@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from torch_llmkernels.search import budget, journal, progress, render
 from torch_llmkernels.search.candidates import CompileCheck, StaticCheck, static_check
 from torch_llmkernels.search.engine import Engine, extend, finish, open_run
 from torch_llmkernels.search.ideas import Idea
+from torch_llmkernels.search.journal import Event
 from torch_llmkernels.search.llm import Provider, provider_for, write_atomic
 from torch_llmkernels.search.run import Goal, Run
 from torch_llmkernels.search.steps import record_of
 from torch_llmkernels.search.tree import IdeaNode
 from torch_llmkernels.task import Task
+from torch_llmkernels.words import counted
 
 if TYPE_CHECKING:
     from torch_llmkernels.evaluate.pool import Pool
@@ -40,7 +43,9 @@ def register_search(subparsers: Subparsers) -> None:
     _add_pool(parser)
     _add_outcome(parser)
 
-    parser = _action(actions, "start", _start, "make a run and write its first prompts; nothing is evaluated")
+    parser = _action(
+        actions, "start", _start, "make a run and write its first prompts, unless known kernels have to be evaluated first"
+    )
     _add_goal(parser)
 
     parser = _action(actions, "step", _step, "take in replies, check what they hold, write the next prompts")
@@ -161,10 +166,28 @@ def _start(args: argparse.Namespace) -> int:
 def _step(args: argparse.Namespace) -> int:
     with _locked(args.folder):
         run = open_run(args.folder)
+        before = len(run.journal.events)
         Engine(run, provider=_provider(run), check=static_check if args.no_compile else _check(run.goal)).drive()
+        for line in _refused(run, run.journal.events[before:]):
+            print(line)
         print(progress.line(run))
         print(_next(run))
     return 0
+
+
+def _refused(run: Run, events: Sequence[Event]) -> Iterator[str]:
+    """One line for each reply among `events` that held nothing usable, and for each file that failed its check here."""
+    for event in events:
+        if event["event"] == "rejected":
+            yield _short(f"rejected: reply {event['id']} ({run.tree.prompts[event['id']].slot}): {event['reason']}")
+        elif event["event"] == "evaluation":
+            candidate = run.tree.candidates[event["id"]]
+            if (found := candidate.evaluation) and not found.status.is_correct:
+                yield _short(f"rejected: reply {candidate.prompt} ({candidate.slot}): {found.status}: {found.detail}")
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 400, placeholder=" ...")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -200,6 +223,7 @@ def _finish(args: argparse.Namespace) -> int:
     with _locked(args.folder):
         run = Run(args.folder)
         finish(run)
+        Engine(run).drive()  # without a candidate for the full check, that was the end
         print(_next(run))
     return 0
 
@@ -275,19 +299,35 @@ def _task(text: str) -> Task:
     Raises:
         SearchError: if there is none, or more than one.
     """
+    from torch_llmkernels.registry import shapes_of
+
     path = Path(text)
     if path.suffix == ".json" or path.is_file():
-        try:
-            plain = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise SearchError(f"cannot read a task from {path}: {error}") from None
-        return Task.from_json(plain.get("task", plain))
+        return _task_in(path)
     found = {task.key: task for task in _known_tasks() if text in task.key or text == task.signature}
     if len(found) != 1:
-        names = ", ".join(f"{t.signature} {t.key}" for t in list(found.values())[:8])
-        problem = f"{len(found)} tasks match {text!r} ({names}); give more of one key" if found else f"no task matches {text!r}"
-        raise SearchError(f"{problem}; or pass a task's JSON file (docs/search.md says how to write one)")
+        names = "; ".join(f"{t.key[:8]} {t.signature} {shapes_of(t)} on {t.device}" for t in found.values())
+        problem = f"{len(found)} tasks match {text!r}; give one by its key: {names}" if found else f"no task matches {text!r}"
+        listing = "llmkernels cache list --library shows the keys of the shipped ones"
+        raise SearchError(f"{problem}; {listing}; a task's JSON file will do as well (docs/search.md says how to write one)")
     return next(iter(found.values()))
+
+
+def _task_in(path: Path) -> Task:
+    """The task in a task's or record's file.
+
+    Raises:
+        SearchError: if the file cannot be read, or holds neither.
+    """
+    try:
+        plain = json.loads(path.read_text())
+    except OSError as error:
+        raise SearchError(f"cannot read a task from {path}: {error.strerror}") from None
+    except ValueError:
+        raise SearchError(f"{path} is not a JSON file; a task's file is written as docs/search.md says") from None
+    if not isinstance(plain, dict) or "program" not in plain.get("task", plain):
+        raise SearchError(f"{path} holds neither a task nor a record; a task's file is written as docs/search.md says")
+    return Task.from_json(plain.get("task", plain))
 
 
 def _known_tasks() -> Iterator[Task]:
@@ -438,17 +478,18 @@ def _next(run: Run) -> str:
         return f"ended: {tree.ended}{failed}\nto go on: llmkernels search {_again(run)}"
     steps = []
     if state["waiting_for_replies"] and run.exchange:
-        folder = run.exchange
-        steps.append(f"answer {state['waiting_for_replies']} prompts, {folder}/prompts/*.md in {folder}/replies/*.md, then: "
+        folder, waiting = run.exchange, state["prompts"]
+        steps.append(f"waiting: {' '.join(waiting[:12])}{' ...' if len(waiting) > 12 else ''}")
+        steps.append(f"answer {counted(len(waiting), 'prompt')}, {folder}/prompts/*.md in {folder}/replies/*.md, then: "
                      f"llmkernels search step {run.directory}")  # fmt: skip
     elif state["waiting_for_replies"]:
         steps.append(f"{state['waiting_for_replies']} prompts wait for the model: llmkernels search step {run.directory}")
     if state["withheld"]:
         steps.append(f"{state['not_issued']} prompts are not issued: budget: {state['withheld']}")
-    if state["waiting_for_evaluation"]:
-        steps.append(
-            f"{state['waiting_for_evaluation']} candidates wait for the device: llmkernels search evaluate {run.directory}"
-        )
+    if count := state["waiting_for_evaluation"]:
+        first = "" if tree.rounds else " before the first prompt (search start --no-bank leaves known kernels out)"
+        waiting = counted(count, "candidate" if tree.rounds else "known kernel")
+        steps.append(f"{waiting} to be evaluated on the device{first}: llmkernels search evaluate {run.directory}")
     return "\n".join(steps) or f"next: llmkernels search step {run.directory}"
 
 

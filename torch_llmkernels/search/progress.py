@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 def summary(run: Run) -> dict[str, Any]:
     """A run's state as plain JSON: round, candidates by status, best, spend, what is waited for, and the end.
 
-    `waiting_for_replies` counts prompts that can be answered; `not_issued` those that `withheld` says why were not written.
+    `waiting_for_replies` counts prompts that can be answered, `prompts` names them; `not_issued` counts those that
+    `withheld` says why were not written.
     """
     tree, settings = run.tree, run.goal.settings
     engine = Engine(run, provider=ExchangeProvider(run.exchange) if run.exchange else None)
-    waiting = len(engine.open_prompts() if run.exchange else engine.wanted())
+    waiting = [prompt.id for prompt in (engine.open_prompts() if run.exchange else engine.wanted())]
     not_issued, withheld = engine.withheld() if run.exchange else (0, "")
     best, floor = tree.best(), tree.floor_ms(run.goal.floor_ms)
     statuses = Counter(
@@ -45,7 +46,8 @@ def summary(run: Run) -> dict[str, Any]:
         "cost": tree.spent.cost,
         "seconds": round(run.journal.clock(), 1),
         "max_seconds": settings.max_seconds,
-        "waiting_for_replies": waiting,
+        "waiting_for_replies": len(waiting),
+        "prompts": waiting,
         "not_issued": not_issued,
         "withheld": withheld,
         "waiting_for_evaluation": 0 if tree.ended else len(engine.waiting()),
