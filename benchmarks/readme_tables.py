@@ -158,10 +158,15 @@ def kernels(records: Sequence[Result]) -> str:
     return markdown(columns, rows)
 
 
+def gpus_first(folder: Path) -> tuple[bool, str]:
+    """Sorts device kinds: CPUs last."""
+    return folder.name.startswith("cpu"), folder.name
+
+
 def kernel_sections(library: Path) -> str:
     """`kernels` for every device that the library has records for."""
     sections = []
-    for folder in sorted(p for p in (library / "records").glob("*") if p.is_dir()):
+    for folder in sorted((p for p in (library / "records").glob("*") if p.is_dir()), key=gpus_first):
         records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
         where = records[0]["evaluation"]["environment"]
         sections.append(f"**{where['device']}, torch {where['torch']}**\n\n{kernels(records)}")
@@ -207,7 +212,8 @@ def speedups(result: Result, name: str) -> list[tuple[str, float]]:
 
 def load(results: Path, name: str) -> list[Result]:
     """The result files of one benchmark, by device kind: `models.json` and further runs such as `models-bert.json`."""
-    paths = sorted([*results.glob(f"*/{name}.json"), *results.glob(f"*/{name}-*.json")], key=lambda p: (p.parent, len(p.name)))
+    paths = [*results.glob(f"*/{name}.json"), *results.glob(f"*/{name}-*.json")]
+    paths.sort(key=lambda path: (gpus_first(path.parent), len(path.name)))
     return [{**json.loads(path.read_text()), "file": path.stem} for path in paths]
 
 
