@@ -25,7 +25,7 @@ Call = Callable[[Sequence[torch.Tensor]], Any]
 
 KEPT = 8
 """Compiled baselines kept by a process: a search evaluates many candidates of one task."""
-_compiled: collections.OrderedDict[tuple[str, bool], Call | None] = collections.OrderedDict()
+_compiled: collections.OrderedDict[str, Call | None] = collections.OrderedDict()
 
 
 def eager(task: Task) -> Call:
@@ -34,17 +34,16 @@ def eager(task: Task) -> Call:
     return lambda inputs: module(*inputs)
 
 
-def inductor(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool = False) -> Call | None:
+def inductor(task: Task, inputs: Sequence[torch.Tensor]) -> Call | None:
     """The static task compiled by Inductor, called as Inductor's own wrapper calls it; None if it does not compile.
 
-    Neither Dynamo's guards nor AOTAutograd's wrapper are in the call: inside a larger graph a region pays for neither.
+    Inductor's options are its defaults, whatever the model is compiled with. Neither Dynamo's guards nor AOTAutograd's wrapper are in the call: inside a larger graph a region pays for neither.
     """
-    key = (task.key, max_autotune)
-    if key not in _compiled:
-        _compiled[key] = _compile(task, inputs, max_autotune)
+    if task.key not in _compiled:
+        _compiled[task.key] = _compile(task, inputs)
         while len(_compiled) > KEPT:
             _compiled.popitem(last=False)
-    return _compiled[key]
+    return _compiled[task.key]
 
 
 def compile_ahead(task: Task) -> None:
@@ -113,11 +112,10 @@ def _keep(inner: list[Any], *args: Any, **kwargs: Any) -> Any:
     return inner[-1]
 
 
-def _compile(task: Task, inputs: Sequence[torch.Tensor], max_autotune: bool) -> Call | None:
+def _compile(task: Task, inputs: Sequence[torch.Tensor]) -> Call | None:
     inner: list[Any] = []
-    patches = {"max_autotune": True} if max_autotune else {}
     try:
-        whole = _compile_task(task, inner_compile=functools.partial(_keep, inner), config_patches=patches)
+        whole = _compile_task(task, inner_compile=functools.partial(_keep, inner))
         with torch.no_grad(), precision(task.numerics):
             expected = whole(*inputs)
             return _inner_call(inner, inputs, expected) or (lambda tensors: whole(*tensors))

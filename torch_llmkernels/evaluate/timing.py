@@ -209,16 +209,13 @@ class Stopwatch:
         ]
 
     @torch.no_grad()
-    def compare(
-        self, run: Run, checked: Run, *, prepare: Run | None = None, max_autotune: bool = False, brief: bool = False
-    ) -> Times:
+    def compare(self, run: Run, checked: Run, *, prepare: Run | None = None, brief: bool = False) -> Times:
         """Time a candidate beside eager and Inductor, in turns.
 
         Args:
             run: The candidate, called as a launcher is.
             checked: The same kernel as it was checked, with nothing prepared; its outputs are what the timed ones must be.
             prepare: Called once per data set before timing, for constants that the runtime would prepare once.
-            max_autotune: Add Inductor's max-autotune as a baseline.
             brief: End when it is clear which is faster (`is_clear`).
         """
         if prepare is not None:
@@ -226,7 +223,7 @@ class Stopwatch:
                 prepare(*data.tensors, *self._symbols)
         with precision(self._task.numerics):
             kernel = self._subject("kernel", self._kernel_calls(run))
-            baselines = self._baselines(max_autotune)
+            baselines = self._baselines()
             turns = [kernel, *baselines]
             for subject in turns:  # warm up
                 subject.sample()
@@ -244,10 +241,8 @@ class Stopwatch:
         calls = [_bound(run, (*data.tensors, *self._symbols)) for data in self._sets]
         return calls if self._task.device == "cuda" else [_both(call, wrapper()) for call in calls]
 
-    def _baselines(self, max_autotune: bool) -> list[Subject]:
+    def _baselines(self) -> list[Subject]:
         found = [("eager", eager(self._task)), ("inductor", inductor(self._task, self._sets[0].inputs))]
-        if max_autotune:
-            found.append(("max_autotune", inductor(self._task, self._sets[0].inputs, max_autotune=True)))
         return [self._subject(n, [_bound(c, (data.inputs,)) for data in self._sets]) for n, c in found if c is not None]
 
     def _subject(self, name: str, calls: list[Callable[[], Any]]) -> Subject:
