@@ -37,7 +37,8 @@ def eager(task: Task) -> Call:
 def inductor(task: Task, inputs: Sequence[torch.Tensor]) -> Call | None:
     """The static task compiled by Inductor, called as Inductor's own wrapper calls it; None if it does not compile.
 
-    Inductor's options are its defaults, whatever the model is compiled with. Neither Dynamo's guards nor AOTAutograd's wrapper are in the call: inside a larger graph a region pays for neither.
+    Inductor's options are its defaults, whatever the model is compiled with. Neither Dynamo's guards nor AOTAutograd's wrapper
+    are in the call: inside a larger graph a region pays for neither.
     """
     if task.key not in _compiled:
         _compiled[task.key] = _compile(task, inputs)
