@@ -28,7 +28,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import checkpoint
 
 import torch_llmkernels
-from torch_llmkernels import backend
+from torch_llmkernels import backend, passes
 from torch_llmkernels.errors import LLMKernelsError, SettingsError
 from torch_llmkernels.evaluation import Decision
 from torch_llmkernels.graph import op
@@ -291,7 +291,7 @@ def test_a_joint_pass_of_the_users_own_runs_as_well(kernels: Kernels, uuid: str 
         compiled(NormSoftmax(), options={"joint_custom_pre_pass": theirs})(torch.randn(4, 16))
     (seen,) = theirs.seen
     assert seen.count("llmk.region.default") == 2
-    swaps = backend.SwapPass([], [], read_request(None, {"joint_custom_pre_pass": theirs}))
+    swaps = passes.SwapPass([], [], read_request(None, {"joint_custom_pre_pass": theirs}))
     assert bool(swaps.uuid()) == bool(uuid)
 
 
@@ -326,7 +326,7 @@ def test_a_graph_that_goes_to_inductor_after_an_error_is_as_dynamo_made_it(
     def fail(graph: torch.fx.Graph) -> None:
         raise LLMKernelsError("after the pre-grad passes")
 
-    monkeypatch.setattr(backend, "late_decompose", fail)
+    monkeypatch.setattr(passes, "late_decompose", fail)
     x = torch.randn(4, 16)
     with torch.no_grad():
         got = compiled(soft, options={"pre_grad_custom_pass": softmax_again})(x)
@@ -371,7 +371,7 @@ def test_code_for_other_workspaces_is_other_code_to_torchs_caches(monkeypatch: p
     facts, task, uuids = CPU.facts(), softmax_task(4, 16), []
     for threads in (1, 2, 2):
         monkeypatch.setattr(CPU, "facts", lambda index=0, threads=threads: dataclasses.replace(facts, threads=threads))
-        swaps = backend.SwapPass([task], [Decision(record_of(task, PER_THREAD), "swapped")], read_request(None, None))
+        swaps = passes.SwapPass([task], [Decision(record_of(task, PER_THREAD), "swapped")], read_request(None, None))
         uuids.append(swaps.uuid())
     assert uuids[0] != uuids[1] == uuids[2]
 
@@ -432,6 +432,21 @@ def test_errors_of_ours_are_logged_and_inductor_compiles(tmp_path: Path, caplog:
         torch.testing.assert_close(compiled(model)(x), model(x))
         assert "the store is on fire" in torch_llmkernels.report()[0].note
     assert "goes to Inductor: LLMKernelsError: the store is on fire" in caplog.text
+
+
+@pytest.mark.parametrize("step", ["backend.might_match", "graph_decision.measured", "online.why_not", "online.Trial"])
+def test_whatever_goes_wrong_the_graph_goes_to_inductor(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Before, after and beside the compilation; there is one report, and it says what happened."""
+
+    def fail(*args: Any) -> None:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(f"torch_llmkernels.{step}", fail)
+    model, x = nn.Softmax(-1), torch.randn(4, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, options={"whole_graph": "measure"})(x), model(x))
+    (graph,) = torch_llmkernels.report()
+    assert graph.note == "OSError: the disk is on fire" and not graph.regions and not kernels.calls
 
 
 @pytest.mark.parametrize("options", [{"strict": True}, {"on_miss": "error"}])

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torch_llmkernels.backend import served_by
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
+from torch_llmkernels.passes import served_by
 
 
 def regions(gm: fx.GraphModule, **kwargs: Any) -> list[Region]:

@@ -18,7 +18,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.utils import fresh_inductor_cache
 
 import torch_llmkernels
-from torch_llmkernels import backend, graph_decision
+from torch_llmkernels import backend, graph_decision, passes
 from torch_llmkernels.errors import CompileError, LLMKernelsError, TaskError
 from torch_llmkernels.evaluation import Decision, Status
 from torch_llmkernels.graph import op
@@ -83,7 +83,7 @@ def test_what_cannot_be_swapped_in_is_not_reported_as_swapped(decided: None, mon
     def refuse(*args: Any) -> None:
         raise TaskError("a size cannot be read off the inputs")
 
-    monkeypatch.setattr(backend, "swap", refuse)
+    monkeypatch.setattr(passes, "swap", refuse)
     with inductor_config.patch(fx_graph_cache=True), functorch_config.patch(enable_autograd_cache=True), fresh_inductor_cache():
         for why in ("a size cannot be read off the inputs", "torch's cached code"):
             torch._dynamo.reset()
@@ -96,7 +96,7 @@ def test_what_cannot_be_swapped_in_is_not_reported_as_swapped(decided: None, mon
 def test_what_goes_wrong_during_the_swaps_leaves_the_graph_to_inductor(
     decided: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = backend.swap, []
+    real, calls = passes.swap, []
 
     def second_fails(*args: Any) -> Any:
         calls.append(args)
@@ -104,7 +104,7 @@ def test_what_goes_wrong_during_the_swaps_leaves_the_graph_to_inductor(
             raise RuntimeError("boom")
         return real(*args)
 
-    monkeypatch.setattr(backend, "swap", second_fails)
+    monkeypatch.setattr(passes, "swap", second_fails)
     compiled, x = torch.compile(norm_softmax(16), backend=backend.llmkernels), torch.randn(2, 16)
     torch.testing.assert_close(compiled(x), norm_softmax(16)(x))
     (graph,) = torch_llmkernels.report(compiled)

@@ -201,7 +201,7 @@ def _flags() -> list[str]:
 @functools.cache
 def source_digest() -> str:
     """Digest of the release and of the code that finds, keys and swaps regions: a change of either is another compiler."""
-    files = [*sorted(Path(__file__).parent.glob("graph/*.py")), Path(__file__).with_name("backend.py")]
+    files = [*sorted(Path(__file__).parent.glob("graph/*.py")), *map(Path(__file__).with_name, ("backend.py", "passes.py"))]
     return digest([torch_llmkernels.__version__, SCHEMA, *(digest(f.read_text()) for f in files)])
 
 
