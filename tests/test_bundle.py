@@ -13,7 +13,6 @@ import pytest
 from tests import tasks
 from tests.records import FACTS, decision_for, key_for, record_for
 from torch_llmkernels.cache import bundle
-from torch_llmkernels.cache.remote import FileRemote, RemoteCache, Shared
 from torch_llmkernels.cache.store import NullStore
 from torch_llmkernels.errors import SchemaError, StoreError
 from torch_llmkernels.evaluation import Decision, GraphDecision
@@ -121,41 +120,6 @@ def test_truncated_file_and_other_files_are_refused(path: Path, tmp_path: Path) 
 def test_file_that_unpacks_to_too_much_is_refused(path: Path, monkeypatch) -> None:
     monkeypatch.setattr(bundle, "MAX_TOTAL_BYTES", 1000)
     refused(path, StoreError, "too large")
-
-
-def test_file_remote_shares_records_between_machines(tmp_path: Path) -> None:
-    record = record_for(TASK)
-    assert Shared(FileRemote(tmp_path / "share")).publish(record)
-    found = Shared(FileRemote(tmp_path / "share"), name="share").record(TASK.key, FACTS.kind)
-    assert found is not None and found.kernel_text == record.kernel_text and found.origin == "import:share"
-    assert Shared(FileRemote(tmp_path / "share")).record(OTHER.key, FACTS.kind) is None
-
-
-def test_damaged_remote_entry_is_a_miss(tmp_path: Path, caplog) -> None:
-    shared = Shared(FileRemote(tmp_path))
-    shared.publish(record_for(TASK))
-    (file,) = tmp_path.glob("*/*.llmk")
-    file.write_bytes(file.read_bytes()[:-5])
-    assert shared.record(TASK.key, FACTS.kind) is None
-    assert "truncated" in caplog.text and not shared.failed
-
-
-def test_failing_remote_is_left_alone_after_one_warning(caplog) -> None:
-    class Down(RemoteCache):
-        calls = 0
-
-        def get(self, key: str) -> bytes | None:
-            self.calls += 1
-            raise ConnectionError("no route to host")
-
-        def put(self, key: str, value: bytes) -> None:
-            raise AssertionError("not reached")
-
-    remote = Down()
-    shared = Shared(remote)
-    assert shared.record(TASK.key, FACTS.kind) is None and shared.record(OTHER.key, FACTS.kind) is None
-    assert not shared.publish(record_for(TASK))
-    assert remote.calls == 1 and len(caplog.records) == 1 and "no route to host" in caplog.text
 
 
 def test_whole_graph_decisions_count_on_the_kind_and_driver_they_were_measured_on(tmp_path: Path) -> None:

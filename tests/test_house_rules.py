@@ -148,7 +148,7 @@ def test_importing_the_package_is_light() -> None:
 
 def test_light_modules_do_not_import_torch() -> None:
     light = (
-        "errors settings task evaluation kernels.source kernels.launch cache.store cache.library cache.bundle cache.remote cli"
+        "errors settings task evaluation kernels.source kernels.launch cache.store cache.library cache.bundle cli"
     )
     names = ", ".join(f"{ROOT}.{name}" for name in light.split())
     subprocess.run([sys.executable, "-c", f"import sys, {names}; assert 'torch' not in sys.modules"], check=True)

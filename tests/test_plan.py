@@ -119,6 +119,14 @@ def test_a_damaged_plan_is_a_miss(settings: Settings) -> None:
     assert plan.recall("key", settings) is None
 
 
+def test_the_compiler_is_all_that_finds_keys_and_swaps_regions() -> None:
+    """A release that serves or keys tasks otherwise must not take over what an earlier one left in torch's caches."""
+    names = {path.relative_to(Path(plan.__file__).parent).as_posix() for path in plan.source_files()}
+    assert names >= {"backend.py", "passes.py", "task.py", "graph/task_of.py", "graph/op.py"}
+    assert names >= {f"kernels/{name}.py" for name in ("source", "header", "launch", "expression")}
+    assert all(path.exists() for path in plan.source_files())
+
+
 def test_fuel_is_counted_over_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_fuel_used", 0)
     assert [plan.take_fuel(2) for _ in range(3)] == [True, True, False]

@@ -201,8 +201,19 @@ def _flags() -> list[str]:
 @functools.cache
 def source_digest() -> str:
     """Digest of the release and of the code that finds, keys and swaps regions: a change of either is another compiler."""
-    files = [*sorted(Path(__file__).parent.glob("graph/*.py")), *map(Path(__file__).with_name, ("backend.py", "passes.py"))]
-    return digest([torch_llmkernels.__version__, SCHEMA, *(digest(f.read_text()) for f in files)])
+    return digest([torch_llmkernels.__version__, SCHEMA, *(digest(path.read_text()) for path in source_files())])
+
+
+_SOURCES = (
+    "graph/*.py", "backend.py", "passes.py", "task.py", "program.py", "kernels/source.py", "kernels/header.py",
+    "kernels/launch.py", "kernels/expression.py",
+)  # fmt: skip
+"""What finds, keys and swaps regions. Of the kernels' code: which tasks a kernel serves, what it prepares, its workspaces."""
+
+
+def source_files() -> list[Path]:
+    """The files of `source_digest`."""
+    return [path for pattern in _SOURCES for path in sorted(Path(__file__).parent.glob(pattern))]
 
 
 def record_digest(record: Record) -> str:

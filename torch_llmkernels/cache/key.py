@@ -41,8 +41,7 @@ class RecordKey:
         device_kind: Slug of the device's kind, such as `nvidia-h100`.
         unit: What tells devices of that kind apart (`DeviceFacts.unit`): full name and core count, on a CPU also torch's threads.
         torch: Version of torch, whose kernels are the yardstick and the baseline.
-        driver: Version of the device driver.
-        toolchain: Compiler and its version.
+        driver: Version of the device driver; on a CPU, of the compiler.
         schema: Version of the stored form.
     """
 
@@ -54,15 +53,14 @@ class RecordKey:
     unit: str
     torch: str
     driver: str = ""
-    toolchain: str = ""
     schema: int = SCHEMA
 
     @classmethod
-    def of(cls, task: Task, facts: Facts, toolchain: str = "") -> RecordKey:
+    def of(cls, task: Task, facts: Facts) -> RecordKey:
         """The key of `task` on the device that `facts` describes."""
         return cls(
             task.key, task.signature, _tensors(task.inputs), _numerics(task), facts.kind, facts.unit, torch_version(),
-            str(facts.driver), toolchain,
+            str(facts.driver),
         )  # fmt: skip
 
     @functools.cached_property
