@@ -45,11 +45,12 @@ console = Console(width=170)
 backend.register()
 
 
-def arguments(doc: str, name: str) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
+def arguments(doc: str, name: str, out: str = "") -> argparse.ArgumentParser:
+    """The options every benchmark has; `out` is where results go, if not to this checkout's."""
+    out = out or f"benchmarks/results/<device kind>/{name}.json"
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, help=f"the result file (default: benchmarks/results/<device kind>/{name}.json)")
+    parser.add_argument("--out", type=Path, help=f"the result file (default: {out})")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter samples")
     parser.add_argument("--budget-s", type=float, default=math.inf, help="start nothing further after this many seconds")
     parser.add_argument("--store", type=Path, help="where verified kernels are remembered (default: the user's store)")
@@ -199,13 +200,15 @@ class Results:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table; the first column is aligned left, the others right."""
+    """A table; the first column is aligned left, the others right. Headings wrap between words, never inside one."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
+    longest = [max(map(len, column.split()), default=0) for column in columns]
+    for column, width in zip(columns, longest, strict=True):
+        table.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*(cell(value) for value in row))
-    console.print(table)
+    needed = sum(width + 3 for width in longest) + 12  # 3: what a column's padding takes; 12: room for names in the first
+    (console if needed <= console.width else Console(width=needed)).print(table)
 
 
 def cell(value: Any) -> str:

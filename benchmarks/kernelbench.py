@@ -3,7 +3,7 @@
 A problem file defines `Model`, `get_inputs()` and `get_init_inputs()`. None are shipped: point this at a folder of yours, such as
 a checkout of KernelBench's level1. Correctness is judged against float64 beside eager, speed against eager and Inductor.
 
-    python benchmarks/kernelbench.py DIR [--batch-scale 0.1] [--only 1,19,*softmax*] [--quick] [--resume]
+    python benchmarks/kernelbench.py DIR [--out kernelbench.json] [--batch-scale 0.1] [--only 1,19,*softmax*] [--quick] [--resume]
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch_llmkernels import registry
 CONTENDERS: dict[str, dict[str, Any]] = {"eager": {}, "inductor": {"backend": "inductor"}, "ours": {"backend": "llmkernels"}}
 FAST = (0.0, 0.5, 0.8, 1.0, 1.5, 2.0)
 """The p of fast_p: the part of all problems that are correct and more than p times as fast."""
+OUT = "kernelbench.json"
+"""The default result file, in the current directory."""
 BATCH_NAMES = ("batch_size", "BATCH_SIZE", "N_BATCH", "batch")
 
 
@@ -211,12 +213,13 @@ def show(results: common.Results) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = common.arguments(__doc__, "kernelbench")
+    parser = common.arguments(__doc__, "kernelbench", OUT)
     parser.add_argument("folder", type=Path, help="where the problem files are")
     parser.add_argument("--batch-scale", type=float, default=1.0, help="shrink the batch by this factor (default: %(default)s)")
     parser.add_argument("--only", default="", help="numbers or patterns of file names, comma separated")
     args = parser.parse_args(argv)
     check_scale(args)
+    args.out = args.out or Path(OUT)  # problems of the user's, so no result of this project's
     results = common.Results("kernelbench", args, key=("problem",))
     with common.knobs(args, verify_budget_s=600.0), common.tf32(args.tf32):
         for path in problems(args.folder, [o for o in args.only.split(",") if o]):

@@ -11,6 +11,7 @@ import sys
 import xml.dom.minidom
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import benchmark_path  # noqa: F401
 import common
@@ -23,6 +24,7 @@ import pytest
 import readme_tables
 import torch
 from problems import PROBLEMS, Problem
+from rich.console import Console
 from torch import nn
 
 
@@ -204,6 +206,13 @@ def test_a_small_model_goes_all_the_way_through(tmp_path: Path) -> None:
     (row,) = json.loads(out.read_text())["rows"]
     assert all(row["modes"][mode]["accurate"] for mode in ("eager", "inductor", "ours"))
     assert row["gain"]["ours"]["ratio"] > 0 and row["modes"]["ours"]["compilation_latency"] > 0
+
+
+def test_headings_of_a_wide_table_wrap_between_words(capsys: pytest.CaptureFixture[str]) -> None:
+    columns = ["model", *(f"milliseconds verifying {n}" for n in range(9))]
+    with mock.patch.object(common, "console", Console(width=135)):
+        common.print_table("title", columns, [["resnet50 b32 fp32 infer", *[1.0] * 9]])
+    assert capsys.readouterr().out.count("milliseconds") == 9
 
 
 def test_overhead_of_calls_runs_the_kernel(tmp_path: Path, capsys) -> None:

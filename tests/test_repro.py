@@ -79,7 +79,7 @@ def test_the_script_runs_the_kernel_beside_its_program(capsys) -> None:
     assert differences.keys() == {"y", "mean", "rstd"} and max(differences.values()) < 1e-5
 
 
-def test_the_script_says_whether_the_kernel_passes() -> None:
+def test_the_script_says_whether_the_kernel_passes(capsys) -> None:
     namespace: dict = {"__name__": "repro"}
     exec(compile(script(Subject(TASK, "rows", KERNEL, None, "a test")), "repro.py", "exec"), namespace)
     asked = []
@@ -91,6 +91,12 @@ def test_the_script_says_whether_the_kernel_passes() -> None:
     namespace["evaluate"] = evaluate
     assert namespace["check"]() is False
     assert (asked[0].task, asked[0].kernel_text, asked[0].constants) == (TASK, KERNEL, None)
+    assert capsys.readouterr().out.startswith("FAIL: wrong: output y is wrong; the error may be 1.1 times eager's")
+    namespace["evaluate"] = lambda job: evaluation()
+    assert namespace["check"]() is True
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "error against float64: 1e-07 on normal data, eager's 1e-07"
+    assert lines[-1].startswith("PASS: the error may be 1.1 times eager's")
 
 
 @pytest.mark.parametrize("text", ["it's '''quoted'''", "ends in a backslash \\", "both \"\"\" and '''", "ends in a quote '"])

@@ -131,6 +131,7 @@ import torch.nn.functional as F  # noqa: F401
 from torch_llmkernels import settings
 from torch_llmkernels.evaluate.inputs import InputGenerator
 from torch_llmkernels.evaluate.run import Job, evaluate
+from torch_llmkernels.evaluate.statistics import FROBENIUS_RATIO
 from torch_llmkernels.graph.op import Slot, Spec
 from torch_llmkernels.task import Task
 
@@ -162,10 +163,18 @@ def run() -> None:
 def check() -> bool:
     """The check and the timing that decide whether the kernel is used."""
     outcome = evaluate(Job(TASK, KERNEL, "{name}", CONSTANTS))
-    print(outcome.status, outcome.detail)
+    if outcome.errors:
+        worst = max(outcome.errors, key=lambda e: e.frobenius / max(e.frobenius_yardstick, 1e-300))
+        eager = worst.frobenius_yardstick
+        print(f"error against float64: {{worst.frobenius:.3g}} on {{worst.distribution}} data, eager's {{eager:.3g}}")
     if outcome.time_ms:
         times = ", ".join(f"{{name}} {{ms:.4f}} ms" for name, ms in (("kernel", outcome.time_ms), *outcome.baselines_ms))
         print(f"{{times}}, floor {{outcome.floor_ms:.4f}} ms, constants {{dict(outcome.constants)}}")
+    bound = f"the error may be {{FROBENIUS_RATIO}} times eager's, or one unit in the last place (docs/design.md, Acceptance)"
+    if outcome.status.is_correct:
+        print(f"PASS: {{bound}}")
+    else:
+        print(f"FAIL: {{outcome.status}}: {{outcome.detail}}; {{bound}}")
     return outcome.status.is_correct
 
 
