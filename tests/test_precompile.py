@@ -63,7 +63,7 @@ class Evaluations:
     outcome: Evaluation = dataclasses.field(default_factory=evaluation)
     interrupt_at: int = -1
 
-    def __call__(self, task: Any, kernel: Any, record: Record | None, knobs: Any, binaries: str = "") -> Evaluation:
+    def __call__(self, task: Any, kernel: Any, record: Record | None, knobs: Any, binaries: str = "", **_: Any) -> Evaluation:
         if len(self.asked) == self.interrupt_at:
             raise KeyboardInterrupt
         self.asked.append(task.key)

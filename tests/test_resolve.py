@@ -39,12 +39,14 @@ class Script:
 
     outcomes: dict[str, Evaluation]
     asked: list[tuple[str, bool]] = dataclasses.field(default_factory=list)
+    limits: list[float] = dataclasses.field(default_factory=list)
     second: dict[str, Evaluation] = dataclasses.field(default_factory=dict)  # of those that are timed again, if another
 
     def __call__(
         self, task: object, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "",
-        again: Evaluation | None = None,
+        again: Evaluation | None = None, limit_s: float = 0.0,
     ) -> Evaluation:  # fmt: skip
+        self.limits.append(limit_s)
         self.asked.append((kernel.name, record is not None))
         outcome = self.second.get(kernel.name, self.outcomes[kernel.name]) if again else self.outcomes[kernel.name]
         if settings.swap == "correct" and outcome.status is Status.TIMED:
@@ -337,6 +339,45 @@ def test_a_spent_verification_budget_keeps_inductor_until_the_next_time(setup) -
     assert "budget is spent" in make(verify_budget_s=0.0).decide(TASK).reason
     assert script.asked == []
     assert make().decide(TASK).record.kernel_name == "fast"
+
+
+def test_an_evaluation_may_take_what_is_left_of_the_budget_and_a_little(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, script = setup
+    clock = iter(range(0, 1000, 15))
+    monkeypatch.setattr(resolve.time, "monotonic", lambda: float(next(clock)))
+    make(verify_budget_s=80.0).decide(TASK)
+    first, second = script.limits
+    assert second < first <= 80.0 + resolve.GRACE_S
+
+
+def test_what_the_budget_cuts_short_stays_open(setup) -> None:
+    make, script = setup
+    script.outcomes = {"fast": evaluation(Status.WRONG), "slow": evaluation(Status.TIMEOUT)}
+    assert "budget is spent" in make(verify_budget_s=20.0).decide(TASK).reason
+    script.outcomes["slow"] = timed(1.0)
+    assert make().decide(TASK).record.kernel_name == "slow"
+
+
+def test_a_kernel_that_all_of_the_budget_is_too_short_for_has_timed_out(setup) -> None:
+    """Else every process would spend its budget on it."""
+    make, script = setup
+    script.outcomes = {"fast": evaluation(Status.TIMEOUT), "slow": timed(1.0)}
+    assert make(verify_budget_s=20.0).decide(TASK).record.kernel_name == "slow"
+    script.asked.clear()
+    assert make(verify_budget_s=20.0).decide(TASK).record.kernel_name == "slow" and script.asked == []
+
+
+def test_a_verification_says_once_what_it_begins_with(setup, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    make, _ = setup
+    kind, made = resolve.Resolver, make()
+    monkeypatch.setattr(resolve, "Resolver", lambda settings: kind(settings, made.library, made.store))
+    tasks = [TASK, layer_norm_task(16, 64), softmax_task()]
+    resolve.resolve(tasks, Settings())
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("verifying up to 4 kernels for 2 regions, once per device (at most about 120 s: verify_budget_s)")
+    caplog.clear()
+    resolve.resolve(tasks, Settings())
+    assert caplog.records == []
 
 
 def test_while_another_process_verifies_inductor_is_kept(setup) -> None:

@@ -64,6 +64,13 @@ def test_a_worker_that_does_not_start_is_a_crash(monkeypatch: pytest.MonkeyPatch
     assert outcome.status is Status.CRASHED and "exited with code 1" in outcome.detail
 
 
+def test_a_job_may_have_less_time_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker._Child, "_receive", lambda self, deadline, name: None if name == "ready" else self._line(deadline))
+    with Worker(Settings(worker_timeout_s=90.0)) as made:
+        outcome = made.evaluate(Job(softmax_task(), KERNEL, limit_s=0.0))
+    assert outcome.status is Status.TIMEOUT and "killed after 0 s (what was left of the budget)" in outcome.detail
+
+
 def test_an_answer_that_is_no_message_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     impostor = tmp_path / "python"
     impostor.write_text(f"#!{sys.executable}\nimport os, sys\nos.write(int(sys.argv[4]), b'nonsense\\n')\nsys.stdin.read()\n")

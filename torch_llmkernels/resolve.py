@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 import queue
 import tempfile
@@ -50,6 +51,9 @@ TRIES: dict[str, int] = {Status.TIMEOUT: 3, Status.FAILED: 3, Status.CRASHED: 2,
 a process at most, and after a crash, which can hang a device, only where nobody waits (`precompile`)."""
 
 
+GRACE_S = 10.0
+"""Seconds beyond the verification budget for an evaluation in flight to end in."""
+
 MOST_DETAIL = 160
 """Characters of a kernel's failure that a reason, which is one line, has room for."""
 
@@ -72,6 +76,7 @@ def resolve(tasks: Sequence[Task], settings: Settings) -> list[Decision]:
     """
     resolver = Resolver(settings)
     distinct = list({task.key: task for task in tasks}.values())
+    resolver.announced = distinct
     with resolver.compiling_ahead(distinct):
         decided = {task.key: resolver.decide(task) for task in distinct}
     return [decided[task.key] for task in tasks]
@@ -97,6 +102,8 @@ class Resolver:
         self._binaries: tempfile.TemporaryDirectory[str] | None = None  # code that is shared with the worker processes
         self._ahead: tuple[Sequence[Task], threading.Event] | None = None  # what to compile ahead once something is verified
         self.excluded: dict[str, str] = {}  # kernels of the signature that cannot serve the last task, and why
+        self.announced: Sequence[Task] = ()  # what the first verification says that it begins with; empty: it is silent
+        self._evaluated = 0
 
     def decide(self, task: Task) -> Decision:
         """The decision for one task, verified here if it has to be."""
@@ -113,6 +120,7 @@ class Resolver:
         key = RecordKey.of(task, facts)
         known = self.known(key) or Decision(None, "nothing verified yet")
         if self.unverified(task, facts, known):
+            self._announce()
             self._start_ahead()
             known = self._verify(task, facts, key, known)
         decision = choose(known, task, self.settings)
@@ -124,6 +132,24 @@ class Resolver:
             reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
             decision = dataclasses.replace(decision, reason=reason)
         return decision if decision.record else self._miss(task, facts, key, decision)
+
+    def _announce(self) -> None:
+        """Say aloud, once, that verifying begins: whoever compiles would otherwise wait for minutes without knowing for what."""
+        tasks, self.announced = [task for task in self.announced if not target_for(task.device).unavailable()], ()
+        if tasks:
+            excluded = self.excluded
+            counts = [self._to_verify(task) for task in tasks]
+            self.excluded = excluded
+            log.warning(
+                "verifying up to %d kernels for %d regions, once per device (at most about %.0f s: verify_budget_s); "
+                "TORCH_LOGS=+torch_llmkernels shows them", sum(counts), sum(map(bool, counts)), self.settings.verify_budget_s,
+            )  # fmt: skip
+
+    def _to_verify(self, task: Task) -> int:
+        """How many kernels a decision about `task` would verify now."""
+        facts = target_for(task.device).facts()
+        known = self.known(RecordKey.of(task, facts), explained=False) or Decision(None, "")
+        return len(self.unverified(task, facts, known))
 
     def _without_target(self, device: str, reason: str) -> Decision:
         """The decision for a device that no kernel can run on: all of its regions are lost, so it is said once, aloud."""
@@ -250,11 +276,10 @@ class Resolver:
             known = self.known(key, explained=False) or known
             complete = True
             for kernel, record in self.unverified(task, facts, known):  # anew: whoever held the lock before has verified some
-                left = self.deadline - time.monotonic()
-                if left <= 0:
+                evaluation = self._evaluate(task, kernel, record) if self._left_s() > 0 else None
+                if evaluation is None:
                     complete = False
                     break
-                evaluation = self._evaluate(task, kernel, record)
                 if ending(evaluation, self.settings) in TRIES:
                     _failed_here.add((self.store.directory, key.text, kernel.label))
                 origin = self._origin(kernel, task, record)
@@ -266,12 +291,25 @@ class Resolver:
             return dataclasses.replace(known, reason="kept Inductor: the verification budget is spent (verify_budget_s)")
         return known
 
-    def _evaluate(self, task: Task, kernel: Kernel, record: Record | None) -> Evaluation:
-        """One evaluation, and a second with full timing of the same constants if the first is too noisy to tell."""
-        evaluation = evaluate(task, kernel, record, self.settings, self.binaries)
-        if ending(evaluation, self.settings) == NOISY:
+    def _left_s(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _evaluate(self, task: Task, kernel: Kernel, record: Record | None) -> Evaluation | None:
+        """One evaluation, and a second with full timing of the same constants if the first is too noisy to tell.
+
+        None if the budget cut it short. That says nothing about the kernel, unless it had the budget to itself: such a one
+        counts as timed out, or every process would spend its budget on it.
+        """
+        limit_s = self._left_s() + GRACE_S
+        evaluation = evaluate(task, kernel, record, self.settings, self.binaries, limit_s=limit_s)
+        first, self._evaluated = self._evaluated == 0, self._evaluated + 1
+        if evaluation.status is Status.TIMEOUT and limit_s < self.settings.worker_timeout_s and (self.offline or not first):
+            return None
+        if ending(evaluation, self.settings) == NOISY and self._left_s() > 0:
             log.debug("%s %s on %s: %s; timed again", task.signature, task.key, kernel.label, NOISY)
-            evaluation = evaluate(task, kernel, record, self.settings, self.binaries, again=evaluation)
+            limit_s = self._left_s() + GRACE_S
+            second = evaluate(task, kernel, record, self.settings, self.binaries, again=evaluation, limit_s=limit_s)
+            evaluation = evaluation if second.status is Status.TIMEOUT else second
         log.debug("%s %s on %s: %s %s", task.signature, task.key, kernel.label, evaluation.status, evaluation.detail)
         return evaluation
 
@@ -387,15 +425,19 @@ def _in_words(end: str, times: int, detail: str) -> str:
 
 
 def evaluate(
-    task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "", again: Evaluation | None = None
-) -> Evaluation:
+    task: Task, kernel: Kernel, record: Record | None, settings: Settings, binaries: str = "", again: Evaluation | None = None,
+    limit_s: float = math.inf,
+) -> Evaluation:  # fmt: skip
     """Check and time one kernel on the current device, in this process's worker; a record's constants are taken, others tuned.
 
     Args:
         binaries: Folder of compiled code that the worker looks in and adds to.
         again: What an earlier evaluation found: its constants are taken, and timed for as long as a ranking takes.
+        limit_s: Seconds it may take, where `worker_timeout_s` allows more.
     """
     job = job_of(task, kernel, record, settings, binaries, target_for(task.device).current())
+    if limit_s < settings.worker_timeout_s:
+        job = dataclasses.replace(job, limit_s=limit_s)
     if again is not None:
         job = dataclasses.replace(job, constants=dict(again.constants), brief=False, seed=job.seed + 1)
     return worker(settings).evaluate(job)

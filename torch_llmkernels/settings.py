@@ -49,7 +49,7 @@ class Settings:
     )
     strict: bool = knob(False, "raise where the default is to log a reason and fall back to Inductor")
     verify: Tier = knob("quick", "the check a shipped kernel passes on this device before its first use")
-    verify_budget_s: float = knob(120.0, "seconds one compilation may spend on verification; beyond it Inductor is kept")
+    verify_budget_s: float = knob(120.0, "seconds that verifying the kernels of one graph may take; beyond it Inductor is kept")
     worker_timeout_s: float = knob(120.0, "seconds one evaluation may take before its worker is killed")
     min_speedup: float = knob(1.03, "a kernel is swapped in only if the best baseline's time over its own is at least this")
     fuel: int = knob(-1, "swap at most this many regions of a process (-1: no limit); to bisect a wrong result")

@@ -28,6 +28,7 @@ class Job:
             rank.
         profiled: Whether to read the device's counters of a kernel that is not far behind its baselines.
         listed: Whether the kernel must compile for every other dtype and signature that its header lists.
+        limit_s: Seconds it may take, where `worker_timeout_s` allows more.
     """
 
     task: Task
@@ -42,6 +43,7 @@ class Job:
     profiled: bool = False
     listed: bool = False
     binaries: str = ""
+    limit_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.tier not in ("quick", "full"):

@@ -160,7 +160,7 @@ class _Child:
         self._limit = settings.worker_timeout_s
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         self._buffer = b""
-        self._stage = "starting"
+        self._stage, self._why = "starting", f"{START_TIMEOUT_S:g} s"
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         command = [sys.executable, "-m", "torch_llmkernels.evaluate.worker", str(theirs_in), str(theirs_out)]
@@ -192,9 +192,11 @@ class _Child:
         import torch
 
         identity = secrets.token_hex(16)
-        request = {"id": identity, "job": job.to_json(), "threads": torch.get_num_threads(), "limit": self._limit}
+        limit = self._limit if job.limit_s is None else min(self._limit, job.limit_s)
+        self._why = f"{limit:g} s ({'worker_timeout_s' if limit == self._limit else 'what was left of the budget'})"
+        request = {"id": identity, "job": job.to_json(), "threads": torch.get_num_threads(), "limit": limit}
         self._send({**request, "compile_only": compile_only})
-        deadline = time.monotonic() + self._limit
+        deadline = time.monotonic() + limit
         answer = self._receive(deadline, identity)
         return Evaluation.from_json(answer)
 
@@ -218,7 +220,7 @@ class _Child:
     def _line(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
             if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise WorkerTimeout(f"killed after {self._limit:g} s (worker_timeout_s) while {self._stage}")
+                raise WorkerTimeout(f"killed after {self._why} while {self._stage}")
             data = os.read(self._from, 1 << 16)
             if not data:
                 raise self._died()
