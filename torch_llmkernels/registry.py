@@ -20,7 +20,7 @@ from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.evaluation import Decision, Evaluation, GraphDecision
 from torch_llmkernels.graph.op import encode_spec, why_reference
 from torch_llmkernels.task import Task
-from torch_llmkernels.words import counted
+from torch_llmkernels.words import counted, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +147,6 @@ class Report(tuple[GraphReport, ...]):
 
     def __str__(self) -> str:
         return table(self)
-
-
-_SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
-
-
-def shapes_of(task: Task) -> str:
-    """The inputs in words: `16x1024 f32, 1024 f32`."""
-    return ", ".join(f"{'x'.join(map(str, t.shape)) or 'scalar'} {_SHORT.get(t.dtype, t.dtype)}" for t in task.inputs)
 
 
 _graphs: list[tuple[GraphReport, weakref.ref[Any] | None]] = []

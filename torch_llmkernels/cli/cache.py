@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.cli import output
 from torch_llmkernels.errors import LLMKernelsError, SchemaError, StoreError
-from torch_llmkernels.words import counted
+from torch_llmkernels.words import counted, shapes_of
 
 if TYPE_CHECKING:
     from torch_llmkernels.cache.store import Store
@@ -102,7 +102,6 @@ def _list(args: argparse.Namespace) -> int:
 def _list_library(args: argparse.Namespace) -> int:
     """The library's records by task key, which is what `llmkernels repro` and `llmkernels search start` take."""
     from torch_llmkernels.cache.library import default_library
-    from torch_llmkernels.registry import shapes_of
 
     library = default_library(knobs.current())
     columns = ("key", "device", "region", "kernel", "of the best", "inputs")
@@ -138,6 +137,8 @@ def _what(key: str, value: bytes) -> str:
         plain = json.loads(value)
         count = f"{len(plain['swapped'])} kernels stay, {len(plain['vetoed'])} do not pay"
         return f"whole graph on {plain['device_kind']}: {count}"
+    if key.startswith("imported-decision/"):
+        return f"tried elsewhere: {_found(json.loads(value)['decision'])}"
     return "compiled code" if key.startswith("binary/") else key.partition("/")[0]
 
 
@@ -250,6 +251,8 @@ def _import(args: argparse.Namespace) -> int:
     print(f"added {counted(len(done.records), 'candidate')} to {store.directory}")
     if done.graphs:
         print(f"added {counted(len(done.graphs), 'whole-graph decision')}; they count on devices of the same kind and driver")
+    if done.decisions:
+        print(f"added {counted(len(done.decisions), 'decision')}: what lost there is not verified on devices like that one")
     for line in done.skipped:
         print(f"left out {line}")
     records = [Record.from_json(json.loads(store.get(key) or b"")) for key in done.records]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.cli import factory, output
 from torch_llmkernels.settings import Settings
-from torch_llmkernels.words import counted
+from torch_llmkernels.words import counted, shapes_of
 
 if TYPE_CHECKING:
     from torch_llmkernels.capture import Call
@@ -109,7 +109,6 @@ class Lookup:
         from torch_llmkernels.cache.key import RecordKey
         from torch_llmkernels.evaluation import Decision
         from torch_llmkernels.kernels.targets import target_for
-        from torch_llmkernels.registry import shapes_of
         from torch_llmkernels.resolve import choose
 
         found = Explained(graph, task.signature, task.key, shapes_of(task), "miss", "")

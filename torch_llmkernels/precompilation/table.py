@@ -8,8 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch_llmkernels.registry import shapes_of
-from torch_llmkernels.words import counted
+from torch_llmkernels.words import counted, shapes_of
 
 if TYPE_CHECKING:
     from torch_llmkernels.precompilation.run import PrecompileReport

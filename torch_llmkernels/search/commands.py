@@ -23,7 +23,7 @@ from torch_llmkernels.search.run import Goal, Run
 from torch_llmkernels.search.steps import record_of
 from torch_llmkernels.search.tree import IdeaNode
 from torch_llmkernels.task import Task
-from torch_llmkernels.words import counted
+from torch_llmkernels.words import counted, shapes_of
 
 if TYPE_CHECKING:
     from torch_llmkernels.evaluate.pool import Pool
@@ -299,8 +299,6 @@ def _task(text: str) -> Task:
     Raises:
         SearchError: if there is none, or more than one.
     """
-    from torch_llmkernels.registry import shapes_of
-
     path = Path(text)
     if path.suffix == ".json" or path.is_file():
         return _task_in(path)
