@@ -99,6 +99,7 @@ def compiled(tmp_path: Path) -> Iterator[Callable]:
     torch._dynamo.reset()
     plan.forget()
     registry.clear()
+    torch.manual_seed(0)  # a ReLU of other weights could be zero everywhere, before and after an edit
     uncached = config.patch(fx_graph_cache=False, fx_graph_remote_cache=False)
     with uncached, functorch_config.patch(enable_autograd_cache=False), mock.patch.object(op, "_slots", {}):
         options = library(tmp_path)
