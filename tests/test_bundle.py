@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import zipfile
@@ -56,17 +57,39 @@ def test_imported_kernels_are_candidates_not_decisions(path: Path) -> None:
     assert store.decision(key_for(OTHER)) is None and store.keys("decision/") == []
 
 
-def test_binaries_and_empty_decisions_are_skipped_with_a_reason(path: Path) -> None:
+def test_binaries_are_skipped_with_a_reason(path: Path) -> None:
     store = NullStore()
-    skipped = bundle.import_(path, store).skipped
-    assert len(skipped) == 2 and any("binary" in line for line in skipped) and any("keep Inductor" in line for line in skipped)
-    assert store.keys("binary/") == []
+    (line,) = bundle.import_(path, store).skipped
+    assert "binary" in line and store.keys("binary/") == []
+
+
+def test_what_was_tried_elsewhere_comes_along_without_what_won(path: Path) -> None:
+    store = NullStore()
+    (name,) = bundle.import_(path, store).decisions  # the other decision tried nothing
+    tried = store.imported_decision(key_for(OTHER))
+    assert tried.tried == decision_for(OTHER).tried and tried.record is None and key_for(OTHER).task_key in name
+    assert store.imported_decision(dataclasses.replace(key_for(OTHER), unit="another")) is None
+
+
+def test_a_damaged_decision_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.llmk"
+    bundle.export(path, decisions=[(dataclasses.replace(key_for(TASK), schema=1), decision_for(TASK))])
+
+    def rename(entries: dict[str, bytes]) -> None:
+        (name,) = (n for n in entries if n.startswith("decisions/"))
+        entries[name] = entries[name].replace(b'"signature"', b'"signed"', 1)
+        manifest = json.loads(entries[bundle.MANIFEST])
+        manifest["entries"][name] = {"sha256": hashlib.sha256(entries[name]).hexdigest(), "size": len(entries[name])}
+        entries[bundle.MANIFEST] = json.dumps(manifest).encode()
+
+    rewrite(path, rename)
+    refused(path, SchemaError, "entry decisions/")
 
 
 def test_importing_twice_adds_once(path: Path) -> None:
     store = NullStore()
     assert bundle.import_(path, store) == bundle.import_(path, store)
-    assert len(store.keys()) == 2
+    assert len(store.keys()) == 3  # two candidates, and what was tried beside one of them
 
 
 def test_same_content_gives_the_same_file(tmp_path: Path) -> None:

@@ -376,6 +376,20 @@ def test_an_import_verifies_once_and_the_model_then_starts_warm(script: Evaluati
 
 
 @needs_compiler
+def test_an_import_brings_what_lost_as_well(script: Evaluations, tmp_path: Path, monkeypatch) -> None:
+    """The first compilation there verifies nothing again."""
+    script.outcome = dataclasses.replace(evaluation(), baselines_ms=(("eager", 0.5),))
+    precompile(Norms().eval(), (torch.randn(4, 32),), export=tmp_path / "model.llmk")
+    tried = len(script.asked)
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "elsewhere"))
+    assert main(["cache", "import", str(tmp_path / "model.llmk")]) == 0
+    report = precompile(Norms().eval(), (torch.randn(4, 32),))
+    assert tried == 2 == len(script.asked)
+    reasons = [region.decision.reason for region in report.regions if region.decision]
+    assert sum("as an imported bundle says" in reason for reason in reasons) == 2
+
+
+@needs_compiler
 def test_a_bundle_for_another_device_waits_and_says_so(script: Evaluations, exported: Path, tmp_path: Path, capsys) -> None:
     foreign = [
         dataclasses.replace(Record.from_json(json.loads(content)), device_kind="cpu-another")

@@ -151,6 +151,56 @@ def test_a_quiet_process_undoes_what_noise_decided(setup) -> None:
     assert decision.record.kernel_name == "fast" and len(decision.tried) == 2
 
 
+def at_home(setup, **outcomes: Evaluation) -> tuple[resolve.RecordKey, resolve.Decision]:
+    """What another process found at this key, taken out of the store again."""
+    make, script = setup
+    script.outcomes |= outcomes
+    resolver = make()
+    resolver.decide(TASK)
+    key = resolve.RecordKey.of(TASK, target_for("cpu").facts())
+    found = resolver.store.decision(key)
+    resolver.store.delete(f"decision/{key.text}")
+    script.asked.clear()
+    in_another_process()
+    return key, found
+
+
+def test_what_lost_elsewhere_is_not_verified_here(setup) -> None:
+    """A bundle's word is enough to keep Inductor: that can cost speed, never a right answer."""
+    make, script = setup
+    key, found = at_home(setup, slow=timed(3.0), fast=evaluation(Status.WRONG))
+    make().store.put_imported_decision(key, found)
+    reason = make().decide(TASK).reason
+    assert script.asked == [] and "as an imported bundle says" in reason
+    assert "0.67x the best baseline" in reason and "wrong" in reason
+    assert make(on_miss="error").decide(TASK).reason == reason
+    assert make(swap="correct").decide(TASK).record.kernel_name == "slow"
+
+
+def test_what_won_elsewhere_is_verified_and_what_lost_beside_it_is_not(setup) -> None:
+    make, script = setup
+    key, found = at_home(setup, slow=timed(3.0), fast=timed(1.0))
+    make().store.put_imported_decision(key, found)
+    assert make().decide(TASK).record.kernel_name == "fast" and [name for name, _ in script.asked] == ["fast"]
+
+
+@pytest.mark.parametrize("field", ["unit", "torch", "driver", "device_kind"])
+def test_what_lost_on_another_device_or_torch_is_verified(setup, field: str) -> None:
+    make, script = setup
+    key, found = at_home(setup, slow=timed(3.0), fast=timed(3.0))
+    make().store.put_imported_decision(dataclasses.replace(key, **{field: "another"}), found)
+    make().decide(TASK)
+    assert len(script.asked) == 2
+
+
+def test_what_lost_elsewhere_by_chance_is_verified(setup) -> None:
+    make, script = setup
+    key, found = at_home(setup, slow=evaluation(Status.TIMEOUT), fast=timed(0.82, spread=0.8))
+    make().store.put_imported_decision(key, found)
+    make().decide(TASK)
+    assert {name for name, _ in script.asked} == {"slow", "fast"}
+
+
 def test_noise_of_a_kernel_beside_a_winner_is_left_alone(setup) -> None:
     make, script = setup
     script.outcomes["slow"] = timed(1.8, spread=0.3)

@@ -18,7 +18,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ class Resolver:
         self._binaries: tempfile.TemporaryDirectory[str] | None = None  # code that is shared with the worker processes
         self._ahead: tuple[Sequence[Task], threading.Event] | None = None  # what to compile ahead once something is verified
         self.excluded: dict[str, str] = {}  # kernels of the signature that cannot serve the last task, and why
+        self.lost: dict[str, Evaluation] = {}  # kernels that lost elsewhere, by a bundle, for exactly the last task's key
         self.announced: Sequence[Task] = ()  # what the first verification says that it begins with; empty: it is silent
         self._evaluated = 0
 
@@ -131,15 +132,17 @@ class Resolver:
             why = "; ".join(unmerged + [f"{name}: {reason}" for name, reason in sorted(self.excluded.items())])
             reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
             decision = dataclasses.replace(decision, reason=reason)
+        if decision.record is None and not decision.tried and self.lost:
+            decision = dataclasses.replace(decision, reason=_why_lost(self.lost))
         return decision if decision.record else self._miss(task, facts, key, decision)
 
     def _announce(self) -> None:
         """Say aloud, once, that verifying begins: whoever compiles would otherwise wait for minutes without knowing for what."""
         tasks, self.announced = [task for task in self.announced if not target_for(task.device).unavailable()], ()
         if tasks:
-            excluded = self.excluded
+            last = self.excluded, self.lost
             counts = [self._to_verify(task) for task in tasks]
-            self.excluded = excluded
+            self.excluded, self.lost = last
             log.warning(
                 "verifying up to %d kernels for %d regions, once per device (at most about %.0f s: verify_budget_s); "
                 "TORCH_LOGS=+torch_llmkernels shows them", sum(counts), sum(map(bool, counts)), self.settings.verify_budget_s,
@@ -237,7 +240,10 @@ class Resolver:
             log.debug("compiling ahead ended: %s: %s", type(error).__name__, error)
 
     def unverified(self, task: Task, facts: DeviceFacts, known: Decision) -> list[tuple[Kernel, Record | None]]:
-        """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first."""
+        """Kernels with no evaluation here that answers the question `settings.swap` asks; a record's kernel comes first.
+
+        What lost on another device, of which a bundle says so for exactly the same key, is not verified here.
+        """
         need_time = self.settings.swap == "fastest"
         answered = {name for name, e in known.tried if not e.status.is_correct or e.time_ms or not need_time}
         settled = {name for name in answered if not self._may_try_again(name, task, facts, known)}
@@ -257,6 +263,9 @@ class Resolver:
         for kernel in self.library.kernels(task.signature, task.device):
             found.setdefault(kernel.label, (kernel, None))
         self.excluded = {kernel.name: reason for kernel, _ in found.values() if (reason := kernel.why_not(task))}
+        elsewhere = self.store.imported_decision(RecordKey.of(task, facts))
+        self.lost = {n: e for n, e in elsewhere.tried if n in found and _has_lost(e, self.settings)} if elsewhere else {}
+        settled |= self.lost.keys()
         return [pair for name, pair in found.items() if name not in settled and pair[0].name not in self.excluded]
 
     def _may_try_again(self, label: str, task: Task, facts: DeviceFacts, known: Decision) -> bool:
@@ -326,7 +335,7 @@ class Resolver:
         if self.settings.on_miss == "fallback":
             return decision
         if self.settings.on_miss == "error":
-            if any(evaluation.status.is_correct for _, evaluation in decision.tried):
+            if any(evaluation.status.is_correct for evaluation in (*dict(decision.tried).values(), *self.lost.values())):
                 return decision  # a kernel serves it, Inductor is faster
             raise LLMKernelsError(f"{task.signature} {task.key}: {decision.reason} (on_miss='error')")
         from torch_llmkernels.search import on_miss  # only a miss pays for importing the search
@@ -356,6 +365,19 @@ def ending(evaluation: Evaluation, settings: Settings) -> str:
     if settings.swap != "fastest" or speedup is None or speedup < settings.min_speedup or _at_quartile(evaluation) >= 1.0:
         return str(evaluation.status)
     return NOISY
+
+
+def _has_lost(evaluation: Evaluation, settings: Settings) -> bool:
+    """Whether a kernel stays out by what an evaluation elsewhere found, not by chance or for want of an answer."""
+    if evaluation.status.is_correct:
+        speedup = evaluation.speedup
+        return settings.swap == "fastest" and speedup is not None and speedup < settings.min_speedup
+    return evaluation.status not in TRIES
+
+
+def _why_lost(lost: Mapping[str, Evaluation]) -> str:
+    said = [f"{n} {f'{e.speedup:.2f}x the best baseline' if e.speedup else e.status}" for n, e in lost.items()]
+    return f"kept Inductor: not faster on another device like this one, as an imported bundle says ({'; '.join(said)})"
 
 
 def _at_quartile(evaluation: Evaluation) -> float:

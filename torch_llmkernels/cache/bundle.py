@@ -1,10 +1,11 @@
 """A portable file of kernels and their evidence: `.llmk`, a zip of JSON with a manifest of sha256 digests.
 
 A bundle is a claim by whoever made it. Importing one makes its kernels candidates: each is checked and timed on this device
-before its first use, exactly as if it had been searched here. What was measured about whole graphs comes along, and counts on
-devices of the same kind and driver, for exactly the kernels that were measured; elsewhere graphs are measured again. Compiled
-binaries are exported for inspection and archiving only; they are never imported, because a binary cannot be checked against its
-source.
+before its first use, exactly as if it had been searched here. That a kernel is wrong or no faster is believed, where every field
+of the decision's key is equal: it can cost speed, never a right answer. What was measured about whole graphs comes along, and
+counts on devices of the same kind and driver, for exactly the kernels that were measured; elsewhere graphs are measured again.
+Compiled binaries are exported for inspection and archiving only; they are never imported, because a binary cannot be checked
+against its source.
 """
 
 from __future__ import annotations
@@ -44,11 +45,13 @@ class Imported:
         records: Store keys of the candidates that were added.
         skipped: One line for each entry that was not, with the reason.
         graphs: Store keys of the whole-graph decisions that were added.
+        decisions: Store keys of what was tried elsewhere: kernels that lost there are not verified on devices like that one.
     """
 
     records: tuple[str, ...]
     skipped: tuple[str, ...]
     graphs: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
 
 
 def export(
@@ -63,7 +66,7 @@ def export(
     Args:
         path: The file; replaced if it exists.
         records: Accepted kernels.
-        decisions: Decisions with their keys, as evidence of what was tried where.
+        decisions: Decisions with their keys: what won, and what was tried where.
         binaries: Compiled code by binary key.
         graphs: What was measured about whole graphs, with the device.
 
@@ -122,22 +125,20 @@ def import_(path: Path | str, store: BaseStore) -> Imported:
     found: list[Record] = []
     skipped: list[str] = []
     graphs = [_graph(name, content, path) for name, content in entries.items() if name.startswith("graphs/")]
+    tried = [_decision(name, content, path) for name, content in entries.items() if name.startswith("decisions/")]
     for name, content in entries.items():
         if name.startswith("graphs/"):
             continue
         record = _record(name, content, path)
-        if record is None:
-            skipped.append(f"{name}: {_why_skipped(name)}")
-        else:
+        if record is not None:
             found.append(dataclasses.replace(record, origin=f"import:{path.stem}"))
+        elif name.startswith("binaries/"):
+            skipped.append(f"{name}: a binary: built here from its source when it is needed")
     keys = dict.fromkeys(store.put_imported(record) for record in found)
-    return Imported(tuple(keys), tuple(skipped), tuple(store.put_imported_graph(graph) for graph in graphs))
-
-
-def _why_skipped(name: str) -> str:
-    if name.startswith("binaries/"):
-        return "a binary: built here from its source when it is needed"
-    return "a decision to keep Inductor, taken elsewhere"
+    decisions = [store.put_imported_decision(key, decision) for key, decision in tried if decision.tried]
+    return Imported(
+        tuple(keys), tuple(skipped), tuple(store.put_imported_graph(graph) for graph in graphs), tuple(decisions)
+    )
 
 
 def _record(name: str, content: bytes, path: Path) -> Record | None:
@@ -148,6 +149,14 @@ def _record(name: str, content: bytes, path: Path) -> Record | None:
         if name.startswith("records/"):
             return Record.from_json(plain)
         return Decision.from_json(plain["decision"]).record
+    except (SchemaError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SchemaError(f"bundle {path}: entry {name}: {error}") from error
+
+
+def _decision(name: str, content: bytes, path: Path) -> tuple[RecordKey, Decision]:
+    try:
+        plain = json.loads(content)
+        return RecordKey.from_json(plain["key"]), Decision.from_json(plain["decision"])
     except (SchemaError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SchemaError(f"bundle {path}: entry {name}: {error}") from error
 

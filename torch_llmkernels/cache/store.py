@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 DECISION, BINARY, IMPORTED = "decision/", "binary/", "imported/"
 GRAPH, IMPORTED_GRAPH = "graph/", "imported-graph/"
+IMPORTED_DECISION = "imported-decision/"
 _GENERATION = "meta/generation"
 _NO_DECISIONS = "0" * 32
 
@@ -174,6 +175,18 @@ class BaseStore(abc.ABC):
         """Keep a record from elsewhere as a candidate; returns its store key."""
         plain = record.to_json()
         name = f"{IMPORTED}{record.task.signature}/{record.task.key}/{digest(plain)}"
+        self.put(name, canonical_json(plain).encode())
+        return name
+
+    def imported_decision(self, key: RecordKey) -> Decision | None:
+        """What a bundle says was tried for exactly this key, or None: a claim that nothing may be swapped in by."""
+        stored = self._stored(IMPORTED_DECISION + key.text)
+        return stored and stored[1]
+
+    def put_imported_decision(self, key: RecordKey, decision: Decision) -> str:
+        """Keep what was tried elsewhere, without the record that won there; returns its store key."""
+        name = IMPORTED_DECISION + key.text
+        plain = {"key": key.to_json(), "decision": Decision(None, decision.reason, decision.tried).to_json()}
         self.put(name, canonical_json(plain).encode())
         return name
 

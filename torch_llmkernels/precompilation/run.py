@@ -23,6 +23,7 @@ import torch
 
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.cache import bundle
+from torch_llmkernels.cache.key import RecordKey
 from torch_llmkernels.cache.store import open_store
 from torch_llmkernels.capture import Call, CapturedGraph, capture_graphs, check_devices, untouched
 from torch_llmkernels.errors import LLMKernelsError, SearchError, SettingsError
@@ -327,8 +328,14 @@ def build_all(won: Mapping[str, Record], settings: Settings) -> None:
 
 
 def _export(path: str | Path, regions: Iterable[PlannedRegion], decided: Iterable[GraphDecision], settings: Settings) -> Path:
-    """Write the winners to a bundle, with what was measured about the graphs, as it is stored: with the device."""
-    path, won = Path(path), winners(regions)
+    """Write the winners to a bundle, with what else was tried, and what was measured about the graphs, as it is stored: with the
+    device."""
+    path, regions, store = Path(path), list(regions), open_store(settings)
+    won = winners(regions)
+    tasks = [t for r in regions if not target_for(r.task.device).unavailable() for t in looked_up(r.task, settings)]
+    keys = [RecordKey.of(task, target_for(task.device).facts()) for task in tasks]
+    found = [(key, decision) for key in keys if (decision := store.decision(key, explained=False))]
+    tried = [(key, dataclasses.replace(decision, record=None)) for key, decision in found]
     stored = [recall(graph.graph, next(iter(won.values())).task.device, settings) for graph in decided]
-    bundle.export(path, records=won.values(), graphs=[graph for graph in stored if graph is not None])
+    bundle.export(path, records=won.values(), decisions=tried, graphs=[graph for graph in stored if graph is not None])
     return path
