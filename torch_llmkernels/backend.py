@@ -65,7 +65,7 @@ def llmkernels(
         SettingsError: for an unknown mode or option.
         LLMKernelsError: with `strict=True` or `on_miss="error"`, for what would otherwise be logged.
     """
-    request = read_request(mode, options)
+    request, level = read_request(mode, options), logging.INFO
     try:
         note = why_plain(gm, request)
         compiled = None if note else compile_with_winners(gm, example_inputs, request)
@@ -74,10 +74,10 @@ def llmkernels(
     except Exception as error:
         if request.settings.strict or request.settings.on_miss == "error":
             raise
-        compiled, note = None, f"{type(error).__name__}: {error}"
-        log.warning("graph %s goes to Inductor: %s", _graph_name(), note, exc_info=log.isEnabledFor(logging.DEBUG))
+        compiled, note, level = None, f"{type(error).__name__}: {error}", logging.WARNING
+        log.debug("this went wrong:", exc_info=True)
     if note:
-        log.info("graph %s goes to Inductor: %s", _graph_name(), note)
+        log.log(level, "graph %s goes to Inductor: %s", _graph_name(), note)
         registry.add(GraphReport(_graph_name(), (), note))
     return compile_plain(gm, example_inputs, request) if compiled is None else compiled
 
@@ -124,9 +124,9 @@ def compile_with_winners(gm: fx.GraphModule, example_inputs: Sequence[Any], requ
     compiled = compile_swapped(gm, example_inputs, request, swaps) if swaps.wanted else None
     report = _report_of(held, swaps.outcomes(), graph_decision.measured(held.tasks, request))
     if compiled is not None:
-        unmeasured = online.why_not(held.tasks, swaps.wanted, example_inputs, request)
-        log.debug("graph %s is measured by its first calls: %s", report.name, unmeasured or "yes")
-        if not unmeasured:
+        if reason := online.why_not(held.tasks, swaps.wanted, example_inputs, request):
+            log.debug("graph %s is not measured by its first calls: %s", report.name, reason)
+        else:
             compiled = _on_trial(compiled, compile_plain(gm, example_inputs, request), held, swaps, request, report)
     _file(report)
     return compiled
