@@ -123,8 +123,9 @@ def test_rm_of_a_task_removes_its_decisions_of_every_release_and_device(store: S
     for key in (*keys, key_for(other)):
         store.put_decision(key, decision_for(TASK))
     store.put_imported(decision_for(TASK).record)
+    store.put_imported_decision(keys[0], decision_for(TASK))
     assert main(["cache", "rm", TASK.key]) == 0
-    assert capsys.readouterr().out.count("removed decision/") == 2
+    assert capsys.readouterr().out.count("removed decision/") == 2 and store.imported_decision(keys[0]) is None
     assert [store.decision(key) for key in keys] == [None, None]
     assert store.decision(key_for(other)) is not None and store.imported("layer_norm")
 

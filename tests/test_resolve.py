@@ -173,6 +173,7 @@ def test_what_lost_elsewhere_is_not_verified_here(setup) -> None:
     reason = make().decide(TASK).reason
     assert script.asked == [] and "as an imported bundle says" in reason
     assert "0.67x the best baseline" in reason and "wrong" in reason
+    assert reason.endswith(f"llmkernels cache rm {TASK.key}")
     assert make(on_miss="error").decide(TASK).reason == reason
     assert make(swap="correct").decide(TASK).record.kernel_name == "slow"
 

@@ -133,7 +133,7 @@ class Resolver:
             reason = f"kept Inductor: no kernel of {task.signature} serves this task ({why})"
             decision = dataclasses.replace(decision, reason=reason)
         if decision.record is None and not decision.tried and self.lost:
-            decision = dataclasses.replace(decision, reason=_why_lost(self.lost))
+            decision = dataclasses.replace(decision, reason=_why_lost(self.lost, task))
         return decision if decision.record else self._miss(task, facts, key, decision)
 
     def _announce(self) -> None:
@@ -375,9 +375,10 @@ def _has_lost(evaluation: Evaluation, settings: Settings) -> bool:
     return evaluation.status not in TRIES
 
 
-def _why_lost(lost: Mapping[str, Evaluation]) -> str:
+def _why_lost(lost: Mapping[str, Evaluation], task: Task) -> str:
     said = [f"{n} {f'{e.speedup:.2f}x the best baseline' if e.speedup else e.status}" for n, e in lost.items()]
-    return f"kept Inductor: not faster on another device like this one, as an imported bundle says ({'; '.join(said)})"
+    where = "on another device like this one, as an imported bundle says"
+    return f"kept Inductor: not faster {where} ({'; '.join(said)}); to verify it here: llmkernels cache rm {task.key}"
 
 
 def _at_quartile(evaluation: Evaluation) -> float:
