@@ -297,8 +297,8 @@ def verify_imported(records: Sequence[Record], settings: Settings) -> None:
 def _rm(args: argparse.Namespace) -> int:
     store = _open(writing=True)
     # a task's own key stands for all its decisions: with other versions of torch, drivers and devices it has several
-    kinds = ("decision/", "imported-decision/")
-    decisions = [key for key in store.keys() if key.startswith(kinds) and args.key in key.split("/")[2:3]]
+    kept = [*store.keys("decision/"), *store.keys("imported-decision/")]
+    decisions = [key for key in kept if args.key in key.split("/")[2:3]]
     for key in decisions or [_find(store, args.key)]:
         store.delete(key)
         print(f"removed {key}")
