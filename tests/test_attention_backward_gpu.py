@@ -12,6 +12,7 @@ from test_evaluate_cuda import eager_candidate
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_llmkernels import backend
 from torch_llmkernels.capture import capture
 from torch_llmkernels.evaluate.check import check
 from torch_llmkernels.task import Task
@@ -72,9 +73,10 @@ def test_eager_passes_the_check_of_the_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_training_runs_swapped_and_has_the_gradients_of_eager(name: str, tmp_path: Path) -> None:
-    backend, dtype = FUSED[name]
+    backend.register()  # where the package is on the path but not installed
+    fused, dtype = FUSED[name]
     model, x = model_and_input(dtype)
-    with sdpa_kernel(backend), swapping(tmp_path) as kernels:
+    with sdpa_kernel(fused), swapping(tmp_path) as kernels:
         ours, theirs = (gradients(function, model, x) for function in (torch.compile(model, backend="llmkernels"), model))
     assert kernels.calls["attention"] == kernels.calls["attention_backward"] == 1
     tolerance = 1e-4 if dtype is torch.float32 else 2e-2
