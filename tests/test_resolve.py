@@ -111,6 +111,16 @@ def test_a_kernel_that_does_not_win_keeps_inductor_and_says_by_how_much(setup) -
     assert decision.reason == "kept Inductor: fast runs at 1.00x the best baseline, 1.03x is needed"
 
 
+def test_a_win_that_saves_less_than_a_call_costs_is_none(setup) -> None:
+    make, script = setup
+    baselines, ratios = (("eager", 0.02), ("inductor", 0.008)), (("eager", 5.0), ("inductor", 2.0))
+    tiny = dataclasses.replace(timed(0.004), baselines_ms=baselines, ratios=ratios)
+    script.outcomes = {"slow": timed(3.0), "fast": tiny}
+    decision = make().decide(TASK)
+    assert decision.record is None
+    assert decision.reason.endswith("and saves 4.0 us, less than a call of its own costs in the graph")
+
+
 def test_a_win_inside_the_noise_is_timed_again_and_no_win_if_it_stays_there(setup) -> None:
     make, script = setup
     script.outcomes = {"slow": timed(3.0), "fast": timed(0.82, spread=0.8)}
