@@ -269,13 +269,13 @@ class Resolver:
             found.setdefault(kernel.label, (kernel, None))
         self.excluded = {kernel.name: reason for kernel, _ in found.values() if (reason := kernel.why_not(task))}
         elsewhere = self.store.imported_decision(RecordKey.of(task, facts))
-        self.lost = {n: e for n, e in elsewhere.tried if n in found and _has_lost(e, self.settings)} if elsewhere else {}
+        self.lost = {n: e for n, e in elsewhere.tried if n in found and _has_lost(e, task, self.settings)} if elsewhere else {}
         settled |= self.lost.keys()
         return [pair for name, pair in found.items() if name not in settled and pair[0].name not in self.excluded]
 
     def _may_try_again(self, label: str, task: Task, facts: DeviceFacts, known: Decision) -> bool:
         """Whether what a kernel ended with may be the machine's fault, and it has tries left in this process: see `TRIES`."""
-        end, times = last_outcome(known, label, self.settings)
+        end, times = last_outcome(known, label, task, self.settings)
         if times >= TRIES.get(end, 0) or (end == Status.CRASHED and not self.offline):
             return False
         if end == NOISY and choose(known, task, self.settings).record is not None:
@@ -294,7 +294,7 @@ class Resolver:
                 if evaluation is None:
                     complete = False
                     break
-                if ending(evaluation, self.settings) in TRIES:
+                if ending(evaluation, task, self.settings) in TRIES:
                     _failed_here.add((self.store.directory, key.text, kernel.label))
                 origin = self._origin(kernel, task, record)
                 known = merge(known, task, kernel, evaluation, facts, origin, self.settings)
@@ -319,7 +319,7 @@ class Resolver:
         first, self._evaluated = self._evaluated == 0, self._evaluated + 1
         if evaluation.status is Status.TIMEOUT and limit_s < self.settings.worker_timeout_s and (self.offline or not first):
             return None
-        if ending(evaluation, self.settings) == NOISY and self._left_s() > 0:
+        if ending(evaluation, task, self.settings) == NOISY and self._left_s() > 0:
             log.debug("%s %s on %s: %s; timed again", task.signature, task.key, kernel.label, NOISY)
             limit_s = self._left_s() + GRACE_S
             second = evaluate(task, kernel, record, self.settings, self.binaries, again=evaluation, limit_s=limit_s)
@@ -354,8 +354,9 @@ def merge(
 ) -> Decision:
     """`known` with one more evaluation; the record is the fastest correct kernel so far (relative to its baselines), if not yet
     a winner. Earlier tries stay while they all end in one of the ways of `TRIES`, to be counted."""
-    again = TRIES if ending(evaluation, settings) in TRIES else {}
-    tried = (*((n, e) for n, e in known.tried if n != kernel.label or ending(e, settings) in again), (kernel.label, evaluation))
+    again = TRIES if ending(evaluation, task, settings) in TRIES else {}
+    earlier = [(n, e) for n, e in known.tried if n != kernel.label or ending(e, task, settings) in again]
+    tried = (*earlier, (kernel.label, evaluation))
     record = known.record
     if record is not None and record.kernel_name == kernel.name and record.kernel_text == kernel.text:
         record = None  # its evidence is being replaced
@@ -364,19 +365,29 @@ def merge(
     return Decision(record, known.reason, tried)
 
 
-def ending(evaluation: Evaluation, settings: Settings) -> str:
-    """How an evaluation ended: its status, or `NOISY` if it is the spread that keeps the kernel out."""
-    speedup = evaluation.speedup
-    if settings.swap != "fastest" or speedup is None or speedup < settings.min_speedup or _at_quartile(evaluation) >= 1.0:
+def ending(evaluation: Evaluation, task: Task, settings: Settings) -> str:
+    """How an evaluation ended: its status, or `NOISY` if it is the spread alone that keeps the kernel out."""
+    wins = evaluation.speedup is not None and not _too_slow(evaluation, task, settings)
+    if settings.swap != "fastest" or not wins or _at_quartile(evaluation) >= 1.0:
         return str(evaluation.status)
     return NOISY
 
 
-def _has_lost(evaluation: Evaluation, settings: Settings) -> bool:
+def _too_slow(evaluation: Evaluation, task: Task, settings: Settings) -> str:
+    """What a timed kernel lacks beside the best baseline, noise aside; empty if it is faster by enough."""
+    speedup = evaluation.speedup or 0.0
+    if speedup < settings.min_speedup:
+        return f", {settings.min_speedup:.2f}x is needed"
+    saved_ms = (evaluation.time_ms or 0.0) * (speedup - 1.0)
+    if saved_ms < CALL_MS.get(task.device, 0.0):
+        return f" and saves {saved_ms * 1e3:.1f} us, less than a call of its own costs in the graph"
+    return ""
+
+
+def _has_lost(evaluation: Evaluation, task: Task, settings: Settings) -> bool:
     """Whether a kernel stays out by what an evaluation elsewhere found, not by chance or for want of an answer."""
     if evaluation.status.is_correct:
-        speedup = evaluation.speedup
-        return settings.swap == "fastest" and speedup is not None and speedup < settings.min_speedup
+        return settings.swap == "fastest" and evaluation.speedup is not None and bool(_too_slow(evaluation, task, settings))
     return evaluation.status not in TRIES
 
 
@@ -391,9 +402,9 @@ def _at_quartile(evaluation: Evaluation) -> float:
     return (evaluation.speedup or 0.0) * (1.0 - (evaluation.spread or 0.0))
 
 
-def last_outcome(known: Decision, label: str, settings: Settings) -> tuple[str, int]:
+def last_outcome(known: Decision, label: str, task: Task, settings: Settings) -> tuple[str, int]:
     """How the last evaluation of a kernel that was tried ended, and how many there were; see `merge` for those that count."""
-    outcomes = [ending(evaluation, settings) for name, evaluation in known.tried if name == label]
+    outcomes = [ending(evaluation, task, settings) for name, evaluation in known.tried if name == label]
     return outcomes[-1], len(outcomes)
 
 
@@ -412,21 +423,16 @@ def choose(known: Decision, task: Task, settings: Settings) -> Decision:
     if speedup is None:
         return dataclasses.replace(known, record=None, reason="kept Inductor: the kernel is correct but was not timed")
     found = f"{record.kernel_name} runs at {speedup:.2f}x the best baseline"
-    if speedup < settings.min_speedup:
-        reason = f"kept Inductor: {found}, {settings.min_speedup:.2f}x is needed"
-        return dataclasses.replace(known, record=None, reason=reason)
-    saved_ms = (record.evaluation.time_ms or 0.0) * (speedup - 1.0)
-    if saved_ms < CALL_MS.get(task.device, 0.0):
-        reason = f"kept Inductor: {found} and saves {saved_ms * 1e3:.1f} us, less than a call of its own costs in the graph"
-        return dataclasses.replace(known, record=None, reason=reason)
-    if ending(record.evaluation, settings) == NOISY:
-        return dataclasses.replace(known, record=None, reason=_why_noisy(known, record, found, settings))
+    if lacks := _too_slow(record.evaluation, task, settings):
+        return dataclasses.replace(known, record=None, reason=f"kept Inductor: {found}{lacks}")
+    if ending(record.evaluation, task, settings) == NOISY:
+        return dataclasses.replace(known, record=None, reason=_why_noisy(known, record, found, task, settings))
     return dataclasses.replace(known, reason=f"swapped: {found}")
 
 
-def _why_noisy(known: Decision, record: Record, found: str, settings: Settings) -> str:
+def _why_noisy(known: Decision, record: Record, found: str, task: Task, settings: Settings) -> str:
     label = parse_kernel(record.kernel_text, record.kernel_name).label
-    times = sum(name == label and ending(evaluation, settings) == NOISY for name, evaluation in known.tried)
+    times = sum(name == label and ending(evaluation, task, settings) == NOISY for name, evaluation in known.tried)
     next_time = f"later processes time it again, try {times} of {TRIES[NOISY]}"
     if times >= TRIES[NOISY]:
         next_time = f"to time it again: llmkernels cache rm {record.task.key}"
@@ -438,7 +444,7 @@ def _why_nothing(known: Decision, task: Task, settings: Settings) -> str:
         return known.reason
     if known.tried:
         last = dict(known.tried)
-        outcomes = {name: last_outcome(known, name, settings) for name in last}
+        outcomes = {name: last_outcome(known, name, task, settings) for name in last}
         said = "; ".join(f"{name} {_in_words(*outcome, last[name].detail)}" for name, outcome in outcomes.items())
         by_chance = any(end in TRIES for end, _ in outcomes.values())
         remedy = f"; to try them again: llmkernels cache rm {task.key}" if by_chance else ""
