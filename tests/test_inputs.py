@@ -114,6 +114,18 @@ def test_attention_backward_gets_the_forward_s_results() -> None:
     assert torch.allclose(made["lse"], scores.logsumexp(-1), atol=1e-5)
 
 
+def test_a_safe_softmax_meets_rows_that_hide_every_key() -> None:
+    inputs = [contiguous("x", "float32", (64, 8)), contiguous("mask", "float32", (64, 8))]
+    for op, empty in (("_softmax", False), ("_safe_softmax", True)):
+        program = (
+            Node("n0", "aten.add.Tensor", ({"v": "x"}, {"v": "mask"})),
+            Node("n1", f"aten.{op}.default", ({"v": "n0"}, -1, *([False] if op == "_softmax" else []))),
+        )
+        task = Task("made", program, tuple(inputs), (contiguous("y", "float32", (64, 8)),), ("n1",), (), Numerics(), "cpu")
+        hidden = values(task)["mask"] == float("-inf")
+        assert hidden.any() and bool(hidden.all(-1).any()) == empty
+
+
 def test_buffers_have_the_exact_layout_and_no_more_alignment_than_promised() -> None:
     spec = TensorSpec("x", "float32", (3, 5), (1, 7))
     buffer = GuardedTensor(spec, "cpu", alignment=16)

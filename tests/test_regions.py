@@ -14,6 +14,7 @@ from graphs import capture
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
@@ -162,6 +163,20 @@ def test_attention_by_name_and_by_hand() -> None:
     by_hand = capture(zoo.HandAttention(), torch.randn(2, 8, 32))
     assert signatures(by_hand) == ["linear"] * 3 + ["bmm.scale.softmax.bmm"]
     assert roles(regions(by_hand)[3]) == (["q", "k", "v"], ["y"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_that_torch_takes_apart(dtype: torch.dtype) -> None:
+    """Where no fused attention takes a mask (here, a hidden query), torch spells it with products around a safe softmax."""
+
+    def masked(q: Tensor, position: Tensor) -> Tensor:
+        mask = (position[:, None] >= 0).expand(2, 1, 8, 8)
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    gm = capture(masked, torch.randn(2, 2, 8, 16, dtype=dtype), torch.arange(8))
+    assert signatures(gm) == ["bmm.mask.safe_softmax.bmm"]
+    assert roles(only(gm)) == (["q", "k", "mask", "v"], ["y"])
 
 
 def test_one_tensor_in_two_roles_is_passed_twice() -> None:

@@ -22,7 +22,7 @@ from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.pool import LocalPool
 from torch_llmkernels.evaluate.run import compile_ahead, evaluate, log_head
 from torch_llmkernels.evaluate.worker import Worker, clean_environment
-from torch_llmkernels.evaluation import Status
+from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.kernels.source import parse_kernel
 from torch_llmkernels.kernels.targets import target_for
 from torch_llmkernels.settings import Settings
@@ -173,6 +173,30 @@ def test_a_machine_without_memory_or_disk_space_is_told_from_a_bad_kernel(
     monkeypatch.setattr(run._Evaluator, "run", fail)
     outcome = evaluate(Job(softmax_task(), KERNEL))
     assert outcome.status is status and str(error) in outcome.detail
+
+
+def test_a_worker_without_memory_tries_again_where_its_parent_held_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's allocator keeps what a program has freed: a worker sees a full device until the program gives it back."""
+    outcomes = [Evaluation(Status.FAILED, detail="OutOfMemoryError: CUDA out of memory."), Evaluation(Status.INVALID, detail="a header is missing")]
+    asked: list[Job] = []
+
+    class Child:
+        def __init__(self, settings: Settings) -> None: ...
+
+        def ask(self, job: Job) -> Evaluation:
+            asked.append(job)
+            return outcomes[len(asked) - 1]
+
+        def kill(self) -> None: ...
+
+    monkeypatch.setattr(worker, "_Child", Child)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for reserved, tries, status in ((2, 2, Status.INVALID), (1, 1, Status.FAILED)):
+        asked.clear()
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda reserved=reserved: reserved)
+        assert Worker(Settings()).evaluate(Job(softmax_task(), KERNEL)).status is status and len(asked) == tries
 
 
 def test_a_child_that_the_system_killed_says_nothing_about_the_kernel() -> None:

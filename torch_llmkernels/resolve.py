@@ -455,11 +455,10 @@ def _why_nothing(known: Decision, task: Task, settings: Settings) -> str:
 
 
 def _in_words(end: str, times: int, detail: str) -> str:
-    """How a kernel ended, and for what is no chance the first sentence of the detail: which output, by how much."""
-    if end in TRIES:
-        return f"{end}, try {times} of {TRIES[end]}"
+    """How a kernel ended, how often it was tried if that may be chance, and the first sentence of the detail (what, how far)."""
+    ended = f"{end}, try {times} of {TRIES[end]}" if end in TRIES else end
     first = detail.strip().partition("\n")[0].partition(". ")[0].rstrip(".")
-    return f"{end}: {first if len(first) <= MOST_DETAIL else first[:MOST_DETAIL] + '...'}" if first else end
+    return f"{ended}: {first if len(first) <= MOST_DETAIL else first[:MOST_DETAIL] + '...'}" if first else ended
 
 
 def evaluate(

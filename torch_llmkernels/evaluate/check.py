@@ -329,7 +329,7 @@ def exponential_outputs(task: Task) -> list[bool]:
         while node is not None and _operator(node) in ("_to_copy", "clone", "view"):
             first: Any = node.args[0]
             node = producers.get(first["v"]) if isinstance(first, dict) and "v" in first else None
-        found.append(node is not None and _operator(node) in ("_softmax", "exp", "sigmoid"))
+        found.append(node is not None and _operator(node) in ("_softmax", "_safe_softmax", "exp", "sigmoid"))
     return found
 
 

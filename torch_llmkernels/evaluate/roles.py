@@ -67,9 +67,18 @@ def _attention_mask(shape: list[int], dtype: torch.dtype, g: torch.Generator) ->
     return torch.randn(shape, generator=g, device=g.device).masked_fill_(~visible, float("-inf"))
 
 
+def _padding_mask(shape: list[int], dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
+    """Like `_attention_mask`, but one row in eight hides every key."""
+    mask = _attention_mask(shape, dtype, g)
+    empty = torch.rand([*shape[:-1], 1], generator=g, device=g.device) < 1 / 8
+    return mask.masked_fill_(empty, False if dtype is torch.bool else float("-inf"))
+
+
 def roles(module: fx.GraphModule, task: Task) -> dict[str, Role]:
     """By input name: how its values are bounded by the operators that read it (a static task and its module)."""
     found: dict[str, Role] = {t.name: _positive for t in task.inputs if t.name.endswith(("var", "rstd", "invstd"))}
+    empty_rows = any(node.op == "aten._safe_softmax.default" for node in task.program)
+    found |= {t.name: _padding_mask if empty_rows else _attention_mask for t in task.inputs if t.name == "mask"}
     specs = dict(zip(placeholders(module), task.inputs, strict=False))
     shapes = _shapes(module, task)
     for node in operator_calls(module):

@@ -29,7 +29,7 @@ from typing import IO, Any
 from torch_llmkernels import settings as knobs
 from torch_llmkernels.errors import LLMKernelsError, SchemaError, WorkerDied, WorkerError, WorkerTimeout
 from torch_llmkernels.evaluate.job import Job
-from torch_llmkernels.evaluate.run import compile_ahead, evaluate
+from torch_llmkernels.evaluate.run import compile_ahead, evaluate, is_exhausted
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.settings import Settings
 
@@ -76,11 +76,15 @@ class Worker:
         """The outcome of a job. A crash is CRASHED, a hang TIMEOUT, a kill FAILED; no exception comes from the kernel.
 
         A worker that somebody else terminated (a shutdown, a scheduler) says nothing about the kernel: the job is tried again.
+        So is one that ran out of memory while this process held some of the device's for later.
         """
         with self._lock:
             start = time.monotonic()
             try:
                 outcome = self._ask_twice(job)
+                if outcome.status is Status.FAILED and is_exhausted(outcome.detail) and _gave_memory_back():
+                    self._stop()
+                    outcome = self._ask_twice(job)
             except WorkerTimeout as error:
                 self._stop()
                 outcome = Evaluation(Status.TIMEOUT, detail=str(error), tier=job.tier)
@@ -268,6 +272,16 @@ class _Child:
                 os.close(descriptor)
         self._to = self._from = -1
         self._log.close()
+
+
+def _gave_memory_back() -> bool:
+    """Free the device memory that this process's allocator keeps though no tensor is in it; whether there was any."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    return bool(kept > 0)
 
 
 def _signal(number: int) -> str:

@@ -164,6 +164,11 @@ _LINEAR_AFTER = (_BIAS, _ACTIVATION, _GATE, _RESIDUAL)
 _CONV_AFTER = (Stage((_BATCH_NORM,)), _RESIDUAL, _ACTIVATION, _RESIDUAL, _POOL)
 _NORM = {"before": (_RESIDUAL,), "after": (_ACTIVATION,)}
 _QKV = {"key": "k", "value": "v"}
+_BMM_ATTENTION: dict[str, Any] = {
+    "before": (Stage((Call("aten.bmm.default", "bmm", roles={"mat2": "k"}),), required=True), _SCALE, _MASK),
+    "after": (Stage((Call("aten.bmm.default", "bmm", roles={"mat2": "v"}),), required=True),),
+    "entry": "q",
+}
 _NO_DROPOUT = {"dropout_p": 0.0}
 _ATTENTION_BACKWARD = {"query": "q", "key": "k", "value": "v", "out": "y", "logsumexp": "logsumexp"}
 _RANDOM_STATE = {"philox_seed": "logsumexp", "philox_offset": "logsumexp"}
@@ -215,6 +220,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(_BATCH_NORM, **_NORM),
     # softmax, losses
     Pattern(Call("aten._softmax.default", "softmax"), before=(_SCALE, _MASK)),
+    Pattern(Call("aten._safe_softmax.default", "safe_softmax"), before=(_SCALE, _MASK)),
     Pattern(Call("aten._log_softmax.default", "log_softmax"), before=(_SCALE, _MASK)),
     Pattern(
         Call("aten._log_softmax.default", "cross_entropy", outputs=("log_softmax",)),
@@ -242,12 +248,8 @@ PATTERNS: tuple[Pattern, ...] = (
              ("attention_out", "logsumexp"), where={**_NO_DROPOUT, "return_debug_mask": False}, unused=(2, 3, 4, 5, 6, 7, 8)),
         entry="q",
     ),
-    Pattern(
-        Call("aten._softmax.default", "softmax"),
-        before=(Stage((Call("aten.bmm.default", "bmm", roles={"mat2": "k"}),), required=True), _SCALE, _MASK),
-        after=(Stage((Call("aten.bmm.default", "bmm", roles={"mat2": "v"}),), required=True),),
-        entry="q",
-    ),
+    Pattern(Call("aten._softmax.default", "softmax"), **_BMM_ATTENTION),
+    Pattern(Call("aten._safe_softmax.default", "safe_softmax"), **_BMM_ATTENTION),  # torch's own, where no fused one takes a mask
     # backward
     Pattern(
         Call("aten.native_layer_norm_backward.default", "layer_norm_backward", ("grad_out",),

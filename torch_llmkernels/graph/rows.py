@@ -35,8 +35,8 @@ from torch_llmkernels.task import Task
 _RESHAPES = ("aten.view.default", "aten._unsafe_view.default", "aten.reshape.default")
 _NORMS = ("aten.native_layer_norm.default", "aten.native_layer_norm_backward.default", "aten._fused_rms_norm.default",
           "aten._fused_rms_norm_backward.default")  # fmt: skip
-_OVER_ONE_DIM = ("aten._softmax.default", "aten._log_softmax.default", "aten._softmax_backward_data.default",
-                 "aten._log_softmax_backward_data.default")  # fmt: skip
+_OVER_ONE_DIM = ("aten._softmax.default", "aten._safe_softmax.default", "aten._log_softmax.default",
+                 "aten._softmax_backward_data.default", "aten._log_softmax_backward_data.default")  # fmt: skip
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default")
 _LOSSES = ("aten.nll_loss_forward.default", "aten.nll_loss_backward.default")
 _ELEMENTWISE = (POINTWISE - {"aten.unsqueeze.default", "aten.expand.default", "aten.squeeze.dims"}) | {
