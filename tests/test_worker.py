@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,6 +175,13 @@ def test_a_machine_without_memory_or_disk_space_is_told_from_a_bad_kernel(
     monkeypatch.setattr(run._Evaluator, "run", fail)
     outcome = evaluate(Job(softmax_task(), KERNEL))
     assert outcome.status is status and str(error) in outcome.detail
+
+
+def test_the_log_tells_what_an_evaluation_s_time_went_to(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "torch_llmkernels.evaluate"), Worker(Settings()) as made:
+        assert made.evaluate(Job(layer_norm_task(), KERNEL, "rows", timed=False)).status.is_correct
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert re.match(r"layer_norm: rows of [0-9a-f]{20}: .*compiling \d+\.\d s", line)
 
 
 def test_a_worker_without_memory_tries_again_where_its_parent_held_some(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import secrets
@@ -32,6 +33,8 @@ from torch_llmkernels.evaluate.job import Job
 from torch_llmkernels.evaluate.run import compile_ahead, evaluate, is_exhausted
 from torch_llmkernels.evaluation import Evaluation, Status
 from torch_llmkernels.settings import Settings
+
+log = logging.getLogger("torch_llmkernels.evaluate")
 
 START_TIMEOUT_S = 180.0
 ORPHAN_GRACE_S = 30.0
@@ -165,6 +168,7 @@ class _Child:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by kill)
         self._buffer = b""
         self._stage, self._why = "starting", f"{START_TIMEOUT_S:g} s"
+        self._entered: list[tuple[float, str]] = []
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         command = [sys.executable, "-m", "torch_llmkernels.evaluate.worker", str(theirs_in), str(theirs_out)]
@@ -199,10 +203,21 @@ class _Child:
         limit = self._limit if job.limit_s is None else min(self._limit, job.limit_s)
         self._why = f"{limit:g} s ({'worker_timeout_s' if limit == self._limit else 'what was left of the budget'})"
         request = {"id": identity, "job": job.to_json(), "threads": torch.get_num_threads(), "limit": limit}
+        self._entered = [(time.monotonic(), "sending")]
         self._send({**request, "compile_only": compile_only})
-        deadline = time.monotonic() + limit
-        answer = self._receive(deadline, identity)
+        answer = self._receive(self._entered[0][0] + limit, identity)
+        if not compile_only:
+            log.debug("%s: %s of %s: %s", job.task.signature, job.kernel_name, job.task.key, self._seconds())
         return Evaluation.from_json(answer)
+
+    def _seconds(self) -> str:
+        """How long the stages of the last job took, those that occur for each combination of constants together."""
+        ends = [*(entered for entered, _ in self._entered[1:]), time.monotonic()]
+        total: dict[str, float] = {}
+        for (entered, stage), end in zip(self._entered, ends, strict=True):
+            name = re.split(r" [({0-9]", stage)[0]
+            total[name] = total.get(name, 0.0) + end - entered
+        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in total.items() if seconds >= 0.05)
 
     def _send(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
@@ -220,6 +235,7 @@ class _Child:
                 return message["answer"]
             if "stage" in message:
                 self._stage = str(message["stage"])
+                self._entered.append((time.monotonic(), self._stage))
 
     def _line(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
