@@ -8,9 +8,10 @@ where      = ["device.arch == 90", "device.smem_per_block >= 232448", "device.sm
               "y.stride[3] == 1", "y.stride[2] == x.shape[3]", "y.stride[1] == x.shape[2] * x.shape[3]", "y.stride[0] == cols",
               "weight.stride[2] == 1", "weight.stride[1] == x.shape[3]", "weight.stride[0] == x.shape[2] * x.shape[3]",
               "bias.stride[2] == 1", "bias.stride[1] == x.shape[3]", "bias.stride[0] == x.shape[2] * x.shape[3]",
-              "rows >= 1", "cols >= 4", "vecs < 2147483647", "rows * device.sms < 2147483647", "per <= 256 * 32", "XR * 2 <= 24"]
-dims       = { rows = "x.shape[0]", cols = "x.shape[1] * x.shape[2] * x.shape[3]", vecs = "cols // 4", per = "ceil_div(vecs, device.sms)" }
-tune       = { XR = [9, 11], LEAD = [0, 5] }
+              "rows >= 1", "cols >= 4", "vecs < 2147483647", "rows * device.sms < 2147483647", "chunks <= sms * 32", "XR * 2 <= 24"]
+dims       = { rows = "x.shape[0]", cols = "x.shape[1] * x.shape[2] * x.shape[3]", vecs = "cols // 4", chunks = "ceil_div(vecs, 256)", sms = "device.sms", rounds = "vecs // (256 * RUN * sms)" }
+static     = ["sms", "rounds"]
+tune       = { XR = [9, 11], RUN = [2, 4] }
 align      = 16
 [[workspace]]
 name  = "slots"
@@ -23,11 +24,13 @@ grid   = ["device.sms"]
 block  = ["384"]
 smem   = "56 * 256 * 16"
 cooperative = true
-args   = ["x", "weight", "bias", "y", "slots", "rows", "cols", "vecs", "per", "eps"]
+args   = ["x", "weight", "bias", "y", "slots", "rows", "cols", "vecs", "eps"]
 ---*/
-// Layer norm over very long rows, the whole grid on one row at a time, warp-specialised. A block owns `per` <= APPLY * VPT float4 of every row,
-// in pieces of APPLY float4; GROUP pieces make a unit. The "apply" warps hold the current row in registers (VPT float4 a thread). A producer
-// thread streams x through a ring of XR units in shared memory by bulk copies (and LEAD units further ahead into L2). Three "stats" warps sum every
+// Layer norm over very long rows, the whole grid on one row at a time, warp-specialised. A row is cut into pieces of APPLY float4 (4 KB), dealt
+// out to the blocks in rounds: first ROUNDS rounds of RUN adjacent pieces a block, then what is left (less than one such round) piece by piece, so
+// that blocks differ by one piece at most, and the grid reads one dense front of the row and writes another. A block has at most VPT pieces.
+// GROUP pieces make a unit. The "apply" warps hold the current row in registers (VPT float4 a thread). A producer
+// thread streams x through a ring of XR units in shared memory by bulk copies. Three "stats" warps sum every
 // unit as it lands, publish the block's sums and gather those of the grid, while the ring goes on filling with the row after. The apply warps
 // write piece j of a row, then refill its registers with piece j of the next row from the ring. Weight and a part of bias stay on the
 // multiprocessor for the whole kernel; the other pieces of bias come from L2, PF of them ahead in registers.
@@ -39,10 +42,15 @@ args   = ["x", "weight", "bias", "y", "slots", "rows", "cols", "vecs", "per", "e
 
 enum : int { APPLY = 256, VPT = 32 };       // threads that apply, and pieces of a row, at most
 enum : int { GROUP = 2 };
+static_assert(RUN % GROUP == 0 && ROUNDS * RUN <= VPT, "");
 enum : int { UNIT = GROUP * APPLY };         // float4 in a unit
 enum : int { STATS = 96, STATS_WARPS = STATS / 32 };
 enum : int { PER_STATS = (UNIT + STATS - 1) / STATS };  // float4 of a unit that a stats thread sums
 enum : int { SLOTS = 56 };                   // pieces in shared memory
+// where piece j of block b begins in a row: offset_of(j), and b * RUN pieces further in the rounds of runs, else b pieces, in float4
+__host__ __device__ __forceinline__ constexpr long long offset_of(int j) {
+    return j < ROUNDS * RUN ? ((long long)(j / RUN) * SMS * RUN + j % RUN) * APPLY : ((long long)ROUNDS * RUN + (j - ROUNDS * RUN)) * SMS * APPLY;
+}
 enum : int { REG_BIAS = 5 };                 // pieces of bias in registers
 enum : int { SMEM_BIAS = SLOTS - XR * GROUP - VPT };      // pieces of bias in shared memory
 enum : int { STREAMED = VPT - SMEM_BIAS - REG_BIAS };     // pieces of bias from L2, spread evenly over the row
@@ -114,18 +122,26 @@ __device__ __forceinline__ void release(uint64_t* barrier, uint32_t seen, uint32
 
 extern "C" __global__ void __launch_bounds__(384, 1)
 layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const float* __restrict__ bias, float* __restrict__ y,
-           double* slots, int rows, long long cols, int vecs, int per, double eps) {
+           double* slots, int rows, long long cols, int vecs, double eps) {
     extern __shared__ __align__(128) float4 smem[];  // XR units of x, VPT pieces of weight, SMEM_BIAS of bias
     __shared__ __align__(8) uint64_t full[XR], empty[XR], kept_full, result_full[2], result_empty[2];
     __shared__ float result[2][4];
     __shared__ double part[2][STATS_WARPS][2];
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    const long long begin = min((long long)blockIdx.x * per, (long long)vecs);
-    const int mine = int(min((long long)vecs - begin, (long long)per));  // float4 of a row in this block, may be 0
-    const int pieces = (mine + APPLY - 1) / APPLY;                       // pieces of a row in this block
+    const int me = int(blockIdx.x);
+    const int rest = vecs - ROUNDS * RUN * SMS * APPLY;                  // float4 behind the rounds of runs
+    const int all = rest / APPLY + (rest % APPLY != 0);                  // and pieces there, dealt out one by one
+    const int extra = all > me ? (all - me - 1) / SMS + 1 : 0;           // this block's: me, me + SMS, ...
+    int pieces = ROUNDS * RUN + extra;                                   // pieces of a row in this block
+    asm volatile("" : "+r"(pieces));  // its lower bound would make the compiler drop branches and hoist too much
+    // float4 of a row in this block, may be 0: only the last piece of the row may be short, and then it is its block's last
+    int mine = ROUNDS * RUN * APPLY
+             + (extra ? (extra - 1) * APPLY + int(min((long long)APPLY, rest - ((long long)(extra - 1) * SMS + me) * APPLY)) : 0);
+    asm volatile("" : "+r"(mine));
     const int filled = (mine + UNIT - 1) / UNIT;                         // units of a row in this block
-    const float4* const x_begin = reinterpret_cast<const float4*>(x) + begin;
-    const float4* const b_begin = reinterpret_cast<const float4*>(bias) + begin;
+    // piece j of the block begins at (float4)
+    const long long in_runs = (long long)me * (RUN * APPLY), single = (long long)me * APPLY;
+    auto begin_of = [&](int j) { return (j < ROUNDS * RUN ? in_runs : single) + offset_of(j); };
     const long long pitch = cols / 4;
     const uint32_t none = uint32_t(rows) >> 31;
     float4* const kept = smem + XR * UNIT;
@@ -152,14 +168,7 @@ layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const 
                 const uint64_t once = policy_evict_first(), stay = policy_evict_last();
                 int slot = 0;
                 uint32_t phase = 1;  // nothing to wait for in the first round
-                const float4* from = x_begin;
-                // the unit LEAD ahead of the one to load
-                const float4* next_from = x_begin;
-                int next_row = 0, next_u = 0;
-#pragma unroll 1
-                for (int i = 0; i < XR + LEAD && next_row < rows && filled > 0; ++i)
-                    if (++next_u == filled) next_u = 0, ++next_row, next_from += pitch;
-                int loaded = 0;
+                const float4* from = reinterpret_cast<const float4*>(x);
 #pragma unroll 1
                 for (int row = 0; row < rows; ++row) {
 #pragma unroll 1
@@ -167,19 +176,20 @@ layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const 
                         const uint32_t bytes = 16u * uint32_t(min(UNIT, mine - u * UNIT));
                         mbarrier_wait(&empty[slot], phase);
                         mbarrier_arrive_expect(&full[slot], bytes);
-                        bulk_load_hint(smem + slot * UNIT, from + u * UNIT, bytes, &full[slot], once);
+                        if (u * GROUP < ROUNDS * RUN) {  // a unit within a run: contiguous
+                            bulk_load_hint(smem + slot * UNIT, from + begin_of(u * GROUP), bytes, &full[slot], once);
+                        } else {
+#pragma unroll
+                            for (int i = 0; i < GROUP; ++i) {  // pieces u * GROUP + i
+                                const int left = mine - u * UNIT - i * APPLY;
+                                if (left > 0)
+                                    bulk_load_hint(smem + slot * UNIT + i * APPLY, from + begin_of(u * GROUP + i), 16u * uint32_t(min(int(APPLY), left)),
+                                                   &full[slot], once);
+                            }
+                        }
                         if (++slot == XR) {
                             slot = 0;
                             phase ^= 1;
-                        }
-                        if (LEAD > 0) {  // the first XR are loaded at once
-                            if (loaded < XR) {
-                                ++loaded;
-                            } else if (next_row < rows) {
-                                asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                                             ::"l"(next_from + next_u * UNIT), "r"(16u * uint32_t(min(UNIT, mine - next_u * UNIT))) : "memory");
-                                if (++next_u == filled) next_u = 0, ++next_row, next_from += pitch;
-                            }
                         }
                     }
                     from += pitch;
@@ -192,10 +202,10 @@ layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const 
 #pragma unroll 1
                         for (int j = 0; j < pieces; ++j) {
                             const uint32_t bytes = 16u * uint32_t(min(APPLY, mine - j * APPLY));
-                            bulk_load_hint(kept + j * APPLY, reinterpret_cast<const float4*>(weight) + begin + j * APPLY, bytes, &kept_full, once);
-                            if (is_streamed(j)) bulk_prefetch_hint(b_begin + j * APPLY, bytes, stay);
+                            bulk_load_hint(kept + j * APPLY, reinterpret_cast<const float4*>(weight) + begin_of(j), bytes, &kept_full, once);
+                            if (is_streamed(j)) bulk_prefetch_hint(reinterpret_cast<const float4*>(bias) + begin_of(j), bytes, stay);
                             else if (kept_before(j) >= REG_BIAS)
-                                bulk_load_hint(kept + (VPT + kept_before(j) - REG_BIAS) * APPLY, b_begin + j * APPLY, bytes, &kept_full, once);
+                                bulk_load_hint(kept + (VPT + kept_before(j) - REG_BIAS) * APPLY, reinterpret_cast<const float4*>(bias) + begin_of(j), bytes, &kept_full, once);
                         }
                     }
                 }
@@ -299,9 +309,10 @@ layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const 
         setmaxnreg_inc<216>();
         const uint64_t stay = policy_evict_last();
         const int count = mine > tid ? (mine - tid + APPLY - 1) / APPLY : 0;  // this thread's vectors: tid + j * APPLY
-        const float4* b_from = b_begin + tid;
-        asm volatile("" : "+l"(b_from));  // kept as it is, not computed anew at each use
-        float4* y_to = reinterpret_cast<float4*>(y) + begin + tid;
+        const float4* b_runs = reinterpret_cast<const float4*>(bias) + in_runs + tid;
+        const float4* b_singles = reinterpret_cast<const float4*>(bias) + single + tid;
+        float4* y_to = reinterpret_cast<float4*>(y) + in_runs + tid;
+        long long back = single - in_runs;
         const float4* const ring = smem + tid;
         const float4* const here = kept + tid;
         int slot = 0, before = 0;
@@ -343,17 +354,18 @@ layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const 
         for (int j = 0; j < VPT; ++j)
             if (!is_streamed(j) && kept_before(j) < REG_BIAS) {
                 own[kept_before(j) < REG_BIAS ? kept_before(j) : 0] = make_float4(0.f, 0.f, 0.f, 0.f);
-                if (j < count) own[kept_before(j) < REG_BIAS ? kept_before(j) : 0] = load_hint(b_from + j * APPLY, stay);
+                if (j < count) own[kept_before(j) < REG_BIAS ? kept_before(j) : 0] = load_hint((j < ROUNDS * RUN ? b_runs : b_singles) + offset_of(j), stay);
             }
         mbarrier_wait(&kept_full, 0);
 #pragma unroll 1
         for (int row = 0; row < rows; ++row) {
+            asm volatile("" : "+l"(b_runs), "+l"(b_singles), "+l"(back));  // nothing computed from them is kept over rows
             const bool more = row + 1 < rows;
             float4 ahead[PF];
 #pragma unroll
             for (int k = 0; k < PF; ++k) {
                 ahead[k] = make_float4(0.f, 0.f, 0.f, 0.f);
-                if (streamed_piece(k) < count) ahead[k] = load_hint(b_from + streamed_piece(k) * APPLY, stay);
+                if (streamed_piece(k) < count) ahead[k] = load_hint((streamed_piece(k) < ROUNDS * RUN ? b_runs : b_singles) + offset_of(streamed_piece(k)), stay);
             }
             mbarrier_wait(&result_full[row & 1], (row >> 1) & 1);
             const float hi = result[row & 1][0], lo = result[row & 1][1], rstd = result[row & 1][2];
@@ -367,10 +379,10 @@ layer_norm(const float* __restrict__ x, const float* __restrict__ weight, const 
                         if (is_streamed(j)) b = ahead[k % PF];
                         else if (kept_before(j) < REG_BIAS) b = own[kept_before(j) < REG_BIAS ? kept_before(j) : 0];
                         else b = here[(VPT + kept_before(j) - REG_BIAS) * APPLY];
-                        __stcs(y_to + j * APPLY, apply(v[j], hi, lo, rstd, here[j * APPLY], b));
+                        __stcs(y_to + (j < ROUNDS * RUN ? 0 : back) + offset_of(j), apply(v[j], hi, lo, rstd, here[j * APPLY], b));
                     }
                     if (is_streamed(j) && k + PF < STREAMED)
-                        if (streamed_piece(k + PF) < count) ahead[k % PF] = load_hint(b_from + streamed_piece(k + PF) * APPLY, stay);
+                        if (streamed_piece(k + PF) < count) ahead[k % PF] = load_hint((streamed_piece(k + PF) < ROUNDS * RUN ? b_runs : b_singles) + offset_of(streamed_piece(k + PF)), stay);
                     if (more) take(j);
                 }
             y_to += pitch;
