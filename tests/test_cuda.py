@@ -287,7 +287,8 @@ def test_tensor_maps_are_encoded_once_per_address_and_passed_by_value(monkeypatc
 
 
 def test_launch_attributes_follow_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    which = edited("layer_norm", "block  =", "cooperative = true\npdl = true\nblock  =")
+    text = (KERNELS / "layer_norm.cu").read_text().replace("block  =", "cooperative = true\npdl = true\nblock  =")
+    which = parse_kernel(text + "__device__ void in_order() { pdl_wait(); }\n", "layer_norm")
     task = tasks.layer_norm_task(3, 64, device="cuda")
     launcher, recorder, _ = recorded(monkeypatch, which, task, {"THREADS": 128}, [8] * 6 + [4, 4])
     launcher(*(FakeTensor(16 * i) for i in range(4)))

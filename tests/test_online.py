@@ -80,6 +80,18 @@ def test_swaps_that_cannot_be_told_apart_from_inductor_do_not_stay(monkeypatch: 
     assert trial.winner() == "plain" and len(seen) == 1 and trial() == "plain"
 
 
+def test_a_measurement_that_fails_costs_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, 1.0, 2.0)
+
+    def full(paired: Paired) -> None:
+        raise OSError("No space left on device")
+
+    trial = online.Trial(lambda: "swapped", lambda: "plain", "cpu", full)
+    for _ in range(2 * online.WARM_UP + 2 * online.PAIRS * online.LOOKS):
+        assert trial() in ("swapped", "plain")
+    assert trial.winner is not None
+
+
 def test_what_is_not_measured_by_calls(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online, "Trial", None)
     model, x = nn.LayerNorm(16), torch.randn(4, 16)

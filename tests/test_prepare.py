@@ -297,6 +297,13 @@ def test_what_is_made_of_more_than_constants_is_not_kept() -> None:
     assert parse_kernel(reads_x).prepared(task(True)) == ()
 
 
+@pytest.mark.parametrize("args", ['["weight", "y", "depth"', '["packed", "packed", "depth"'])
+def test_a_launch_that_writes_an_output_or_reads_no_input_is_no_packing(args: str) -> None:
+    """Where packing runs, once, there is no output; and what reads nothing belongs to no constant."""
+    kernel = parse_kernel(KERNEL.replace('args = ["weight", "packed", "depth"', f"args = {args}"))
+    assert kernel.prepared(task(True)) == ()
+
+
 def test_outside_of_freezing_nothing_is_constant() -> None:
     assert constants_of(capture(Layer(), torch.randn(4, 16)).graph) == frozenset()
 

@@ -56,6 +56,13 @@ def test_a_whole_file_parses_into_its_parts() -> None:
     assert kernel.text.splitlines()[kernel.first_line] == BODY  # the body starts right behind the header's last line
 
 
+def test_a_launch_that_overlaps_its_predecessor_waits_for_it() -> None:
+    with pytest.raises(KernelSourceError, match="pdl_wait"):
+        parse_kernel(edited('grid   =', 'pdl = true\ngrid   ='))
+    header = HEADER.replace('grid   =', 'pdl = true\ngrid   =')
+    assert parse_kernel(file(header, BODY.replace("{ }", "{ pdl_wait(); }"))).launch[0].pdl
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

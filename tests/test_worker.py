@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -164,6 +165,7 @@ def test_but_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
         (LaunchError("k: the driver answered CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"), Status.LAUNCH_ERROR),
         (CompileError("k: expected ';'"), Status.COMPILE_ERROR),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), Status.CRASHED),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), Status.FAILED),
     ],
 )
 def test_a_machine_without_memory_or_disk_space_is_told_from_a_bad_kernel(
@@ -200,11 +202,12 @@ def test_a_worker_without_memory_tries_again_where_its_parent_held_some(monkeypa
 
     monkeypatch.setattr(worker, "_Child", Child)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for reserved, tries, status in ((2, 2, Status.INVALID), (1, 1, Status.FAILED)):
         asked.clear()
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda reserved=reserved: reserved)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index, reserved=reserved: reserved)
         assert Worker(Settings()).evaluate(Job(softmax_task(), KERNEL)).status is status and len(asked) == tries
 
 

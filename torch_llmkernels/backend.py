@@ -67,8 +67,10 @@ def llmkernels(
     """
     request, level = read_request(mode, options), logging.INFO
     try:
-        note = why_plain(gm, request)
-        compiled = None if note else compile_with_winners(gm, example_inputs, request)
+        note, compiled = why_plain(gm, request), None
+        if not note:
+            with on_device_of((*example_inputs, *gm.parameters())):
+                compiled = compile_with_winners(gm, example_inputs, request)
     except torch._dynamo.exc.TorchDynamoException:
         raise  # Dynamo's own control flow, such as a restart of its analysis
     except Exception as error:
@@ -118,8 +120,7 @@ def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Re
 def compile_with_winners(gm: fx.GraphModule, example_inputs: Sequence[Any], request: Request) -> Any | None:
     """The graph with its winners swapped in, and its report filed; None if there is no winner."""
     held = plan_of(gm, example_inputs, request)
-    with on_device_of((*example_inputs, *gm.parameters())):
-        decisions = decide_in_job(held.tasks, request)
+    decisions = decide_in_job(held.tasks, request)
     swaps = SwapPass(held.tasks, decisions, request)
     compiled = compile_swapped(gm, example_inputs, request, swaps) if swaps.wanted else None
     report = _report_of(held, swaps.outcomes(), graph_decision.measured(held.tasks, request))

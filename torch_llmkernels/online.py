@@ -10,6 +10,7 @@ The price is a second compilation of every graph that has swaps, which is why th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -91,15 +92,20 @@ class Trial:
         result = self._clock.time(which, lambda: self.variants[which](*args))
         done = self._calls - 2 * WARM_UP
         if done % (2 * PAIRS) == 0:
-            self._compare(last=done == 2 * PAIRS * LOOKS)
+            try:
+                self._compare(last=done == 2 * PAIRS * LOOKS)
+            except Exception:  # this is a user's call, and its result is at hand
+                log.warning("the measurement of a whole graph failed; the graph stays with Inductor", exc_info=True)
+                self.winner = self.variants[0]
         return result
 
     def _compare(self, last: bool) -> None:
-        paired = Paired.of(*self._clock.milliseconds())
-        if last or abs(paired.ratio - 1.0) > paired.noise:
-            self.winner = self.variants[paired.second_is_faster]
-            self.variants = (self.winner, self.winner)  # the other one's memory is free
-            self._decided(paired)
+        with self._clock.device():
+            paired = Paired.of(*self._clock.milliseconds())
+            if last or abs(paired.ratio - 1.0) > paired.noise:
+                self.winner = self.variants[paired.second_is_faster]
+                self.variants = (self.winner, self.winner)  # the other one's memory is free
+                self._decided(paired)
 
 
 class _HostClock:
@@ -107,6 +113,9 @@ class _HostClock:
 
     def __init__(self) -> None:
         self._samples: tuple[list[float], list[float]] = ([], [])
+
+    def device(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def must_not_run(self) -> bool:
         return False
@@ -122,19 +131,26 @@ class _HostClock:
 
 
 class _CudaClock:
-    """Times calls of two variants between events of the current stream; only reading the times waits for the device."""
+    """Times calls of two variants between events of the stream that is current on the graph's device, which is the current device
+    where the clock is made; only reading the times waits for the device."""
 
     def __init__(self) -> None:
         self._events: tuple[list[Any], list[Any]] = ([], [])
+        self._index = torch.cuda.current_device()
+
+    def device(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.device(self._index)
 
     def must_not_run(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
+        with self.device():
+            return torch.cuda.is_current_stream_capturing()
 
     def time(self, which: int, call: Callable[[], Any]) -> Any:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        stream = torch.cuda.current_stream(self._index)
+        begin.record(stream)
         result = call()
-        end.record()
+        end.record(stream)
         self._events[which].append((begin, end))
         return result
 

@@ -131,20 +131,16 @@ class Device:
             raise ToolchainMissing(reason)
         self.index = index
         self.facts: DeviceFacts = self.target.facts(index)
-        self._previous = 0
+        self._current = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         if self.target.name == "cuda":
             import torch
 
-            self._previous = torch.cuda.current_device()
-            torch.cuda.set_device(self.index)
+            self._current.enter_context(torch.cuda.device(self.index))  # leaves without a context on the device it came from
 
     def __exit__(self, *_: object) -> None:
-        if self.target.name == "cuda":
-            import torch
-
-            torch.cuda.set_device(self._previous)
+        self._current.close()
 
     def load(self, binary: Binary, kernel: Kernel, task: Task, constants: Mapping[str, int]) -> Launcher:
         """Load a binary onto this device."""

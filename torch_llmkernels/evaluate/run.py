@@ -88,11 +88,12 @@ def compile_ahead(job: Job) -> None:
     if kernel.why_not(job.task) is None:
         given = job.constants
         combinations = kernel.tunings(job.task, device.facts) if given is None else [dict(given)]
-        compile_each(kernel, job.task, spread(combinations, MOST_TUNINGS), device, Binaries(job.binaries))
-        if job.timed:
-            from torch_llmkernels.evaluate import baseline
+        with device:  # torch's caches know code by the device it was compiled for
+            compile_each(kernel, job.task, spread(combinations, MOST_TUNINGS), device, Binaries(job.binaries))
+            if job.timed:
+                from torch_llmkernels.evaluate import baseline
 
-            baseline.compile_ahead(job.task)
+                baseline.compile_ahead(job.task)
 
 
 _EXHAUSTED = (
@@ -100,6 +101,10 @@ _EXHAUSTED = (
     "no space left on device", "killed signal terminated program",
 )  # fmt: skip
 """How torch, CUDA and its libraries, the compilers and the C library say that memory or disk space is used up."""
+
+
+_UNREACHABLE = ("busy or unavailable", "driver initialization failed", "no cuda-capable device", "unknown error - this may be")
+"""How CUDA says that a process cannot use a device at all, as where another one has it for itself."""
 
 
 def is_exhausted(text: str) -> bool:
@@ -112,6 +117,8 @@ def _machine_failure(error: Exception) -> tuple[Status, str]:
     text = f"{type(error).__name__}: {error}".split("\nCUDA kernel errors might")[0]
     if isinstance(error, MemoryError) or is_exhausted(text):
         return Status.FAILED, f"the machine ran out of memory or disk space: {text}"
+    if any(words in text.lower() for words in _UNREACHABLE):
+        return Status.FAILED, f"the worker cannot use the device: {text}"
     if "CUDA" in text or "cuda" in text:
         return Status.CRASHED, f"the kernel broke the CUDA context: {text}"
     return Status.FAILED, f"the evaluation failed: {text}"

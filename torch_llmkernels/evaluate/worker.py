@@ -85,7 +85,7 @@ class Worker:
             start = time.monotonic()
             try:
                 outcome = self._ask_twice(job)
-                if outcome.status is Status.FAILED and is_exhausted(outcome.detail) and _gave_memory_back():
+                if outcome.status is Status.FAILED and is_exhausted(outcome.detail) and _gave_memory_back(job.device_index):
                     self._stop()
                     outcome = self._ask_twice(job)
             except WorkerTimeout as error:
@@ -290,14 +290,16 @@ class _Child:
         self._log.close()
 
 
-def _gave_memory_back() -> bool:
-    """Free the device memory that this process's allocator keeps though no tensor is in it; whether there was any."""
+def _gave_memory_back(index: int) -> bool:
+    """Free what this process's allocator keeps of a device though no tensor is in it; whether there was any."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
-    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    torch.cuda.empty_cache()
-    return bool(kept > 0)
+    kept = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    with contextlib.suppress(RuntimeError), torch.cuda.device(index):  # it refuses while a thread records a CUDA graph
+        torch.cuda.empty_cache()
+        return bool(kept > 0)
+    return False
 
 
 def _signal(number: int) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch_llmkernels.task import Task
 
 MAX_BYTES = 400_000
+_PDL_WAITS = ("pdl_wait(", "griddepcontrol.wait")
 _OPEN, _CLOSE = "/*---", "---*/"
 _TENSOR_ATTRIBUTE = re.compile(r"(\w+)\.(?:(?:shape|stride)\[-?\d+\]|numel|ndim|itemsize|contiguous|channels_last)\Z")
 _DEVICE = ("device.sms", "device.smem_per_block", "device.threads", "device.arch")
@@ -69,13 +70,13 @@ class Kernel(Header):
 
         The prepare launches then run once per compiled graph, elsewhere before the main launches of every call.
         """
-        inputs = {t.name for t in task.inputs}
-        read = {arg for step in self.prepare for arg in step.args}
-        if not self.prepare or not read & inputs <= set(task.constant):
-            return ()
+        used = {arg for step in self.prepare for arg in step.args}
+        read = used & {t.name for t in task.inputs}
+        if not read or not read <= set(task.constant) or used & {t.name for t in task.outputs}:
+            return ()  # a launch that writes an output is no packing: outputs do not exist yet where it would run
         if launch.is_dynamic(self, self.prepare, task) or launch.has_dynamic_workspace(self, task):
             return ()
-        return tuple(w.name for w in self.workspace if w.name in read)
+        return tuple(w.name for w in self.workspace if w.name in used)
 
     def why_not(self, task: Task) -> str | None:
         """The reason why it cannot serve `task` whatever the constants, or None."""
@@ -147,6 +148,7 @@ def _parse(text: str, name: str) -> Kernel:
     header = parse_header(toml)
     tokens = csource.tokenize(body, first_line)
     csource.check_tokens(body, tokens, header.target, first_line)
+    _check_pdl(header, body)
     functions = csource.entry_functions(tokens, header.target)
     _check_entries(header, functions)
     header = dataclasses.replace(
@@ -187,6 +189,14 @@ def _check_entries(header: Header, functions: dict[str, Function]) -> None:
             raise KernelSourceError(
                 f'line {function.line}: {function.name} is `extern "C"` but not `__global__`; make it one of them'
             )
+
+
+def _check_pdl(header: Header, body: str) -> None:
+    """A launch that overlaps its predecessor sees and spares that one's memory only behind a wait."""
+    if any(step.pdl for step in (*header.prepare, *header.launch)) and not any(word in body for word in _PDL_WAITS):
+        raise KernelSourceError(
+            "header: pdl = true, but nothing waits: call pdl_wait() before the kernel reads or writes what an earlier launch uses"
+        )
 
 
 def _bind(step: Launch, where: str, functions: dict[str, Function]) -> Launch:
