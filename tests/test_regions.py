@@ -18,7 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_llmkernels.cache.library import Library
 from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
+from torch_llmkernels.graph.task_of import task_of
 from torch_llmkernels.passes import served_by
+from torch_llmkernels.program import module_of
 
 
 def regions(gm: fx.GraphModule, **kwargs: Any) -> list[Region]:
@@ -165,18 +167,43 @@ def test_attention_by_name_and_by_hand() -> None:
     assert roles(regions(by_hand)[3]) == (["q", "k", "v"], ["y"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_attention_that_torch_takes_apart(dtype: torch.dtype) -> None:
-    """Where no fused attention takes a mask (here, a hidden query), torch spells it with products around a safe softmax."""
+def heads_apart(x: Tensor) -> Tensor:
+    return x.view(2, 8, 4, 16).transpose(1, 2)
 
-    def masked(q: Tensor, position: Tensor) -> Tensor:
-        mask = (position[:, None] >= 0).expand(2, 1, 8, 8)
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
-    gm = capture(masked, torch.randn(2, 2, 8, 16, dtype=dtype), torch.arange(8))
+def by_products(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as torch takes it apart where no fused one takes the mask: products around a safe softmax."""
+    q, k, v = (heads_apart(x + i) for i in range(3))
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def hides_queries(position: Tensor) -> Tensor:
+    return (position[:, None] >= 0).expand(2, 1, 8, 8)
+
+
+def test_attention_that_torch_takes_apart() -> None:
+    x, position = torch.randn(2, 8, 64), torch.arange(8)
+    gm = capture(lambda x, p: by_products(x, hides_queries(p)), x, position)
     assert signatures(gm) == ["bmm.mask.safe_softmax.bmm"]
     assert roles(only(gm)) == (["q", "k", "mask", "v"], ["y"])
+    assert signatures(capture(lambda x: by_products(x, None), x)) == ["bmm.safe_softmax.bmm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_that_torch_takes_apart_in_half_precision(dtype: torch.dtype) -> None:
+    """The casts to and from float32, the scales and the copies between heads and batches belong to it."""
+    x, position = torch.randn(2, 8, 64, dtype=dtype), torch.arange(8)
+    region = only(capture(lambda x, p: by_products(x, hides_queries(p)), x, position))
+    assert region.signature == "attention_math" and roles(region) == (["q", "k", "mask", "v"], ["y"])
+    task = task_of(region).task
+    assert {t.dtype for t in (*task.inputs, *task.outputs)} == {str(dtype).removeprefix("torch.")}
+    assert task.tensor("q").shape == (2, 4, 8, 16) and task.tensor("q").stride == (512, 16, 64, 1)
+    q, k, v = (heads_apart(x + i) for i in range(3))
+    mask = torch.zeros(2, 1, 8, 8, dtype=dtype)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(module_of(task)(q, k, mask, v)[0], expected, rtol=2e-2, atol=2e-2)
+    assert signatures(capture(lambda x: by_products(x, None), x)) == ["attention_math"]
 
 
 def test_one_tensor_in_two_roles_is_passed_twice() -> None:

@@ -281,6 +281,7 @@ _SPELLING: dict[str, Callable[[dict[str, str]], str]] = {
     "aten.sum.dim_IntList": _reduction("sum"),
     "aten.amax.default": _reduction("amax"),
     "aten.amin.default": _reduction("amin"),
+    "aten.reshape.default": lambda a: f"{a['self']}.reshape({a['shape']})",
     "aten.view.default": lambda a: f"{a['self']}.view({a['size']})",
     "aten.where.self": lambda a: f"torch.where({a['condition']}, {a['self']}, {a['other']})",
     "aten.where.ScalarSelf": lambda a: f"torch.where({a['condition']}, {a['self']}, {a['other']})",

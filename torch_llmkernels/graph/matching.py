@@ -24,7 +24,7 @@ from torch_llmkernels.graph.calls import (
     unaliased,
 )
 from torch_llmkernels.graph.ignored import ignored_arguments, is_ignored
-from torch_llmkernels.graph.patterns import VIEWS, Call, Pattern, Stage, Tree
+from torch_llmkernels.graph.patterns import THROUGH_VIEWS, VIEWS, Call, Pattern, Stage, Tree, tree_ops
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -303,8 +303,8 @@ def is_view(node: fx.Node) -> bool:
 
 
 def _match_tree(tree: Tree, node: fx.Node) -> Step | str:
-    """The tree whose rare call is `node`, rooted at one of its readers."""
-    for root in node.users:
+    """The tree whose rare call is `node`."""
+    for root in _roots(tree, node):
         bound: dict[str, Any] = {}
         nodes: list[fx.Node] = []
         roles: dict[tuple[fx.Node, str], str] = {}
@@ -316,11 +316,26 @@ def _match_tree(tree: Tree, node: fx.Node) -> Step | str:
     return f"not a {tree.label}"
 
 
+def _roots(tree: Tree, node: fx.Node) -> Iterator[fx.Node]:
+    """The calls that may be the root of the tree around `node`: it and what reads it, through the tree's ops and views."""
+    ops, queue, seen = {*tree_ops(tree.root), *VIEWS}, [node], {node}
+    wanted = tree.root[0] if isinstance(tree.root[0], tuple) else (tree.root[0],)
+    while queue:
+        here = queue.pop(0)
+        if op_name(here) in wanted:
+            yield here
+        more = [user for user in here.users if user not in seen and op_name(user) in ops]
+        queue += more
+        seen.update(more)
+
+
 def _bind(
     tree: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node], roles: dict[tuple[fx.Node, str], str],
     first: dict[fx.Node, str],
 ) -> bool:  # fmt: skip
     """Match the call tree at `value`; children before parents in `nodes`."""
+    if tree[0] == THROUGH_VIEWS:
+        return _bind_through_views(tree[1], value, bound, nodes, roles, first)
     ops = tree[0] if isinstance(tree[0], tuple) else (tree[0],)
     if not isinstance(value, fx.Node) or op_name(value) not in ops:
         return False
@@ -336,6 +351,21 @@ def _bind(
             first[value] = order[0]
             return True
     return False
+
+
+def _bind_through_views(
+    tree: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node], roles: dict[tuple[fx.Node, str], str],
+    first: dict[fx.Node, str],
+) -> bool:  # fmt: skip
+    views: list[fx.Node] = []
+    while isinstance(value, fx.Node) and op_name(value) in VIEWS:
+        views.insert(0, value)
+        value = value.args[0]
+    if not _bind(tree, value, bound, nodes, roles, first):
+        return False
+    nodes += views
+    first.update((view, "self") for view in views)
+    return True
 
 
 def _bind_argument(want: Any, value: Any, node: fx.Node, name: str, state: tuple[Any, Any, Any, Any]) -> bool:

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
 Operand = Literal["any", "same", "last", "mask", "literal", "power_of_two"]
 """What the other operand of a binary call must be: any tensor; a tensor of the chain value's shape; a vector over its last
 dimension; a tensor that broadcasts to the chain value; a number; a number whose reciprocal is exact."""
@@ -55,10 +57,11 @@ class Tree:
     """An anchor of several calls that share a value, as nested tuples `(op or ops, argument, ...)`.
 
     Attributes:
-        op: The rare call in it that the anchor scan looks for; the root is a reader of it.
+        op: The rare call in it that the anchor scan looks for.
         label: As in `Call`.
         root: The expression. A string is a tensor role (the same role is the same value), `"$name"` a literal that becomes a
             parameter, anything else a literal that must be equal. Arguments follow the schema; `add` and `mul` commute.
+            `(THROUGH_VIEWS, tree)` is the tree behind any number of views, whose sizes become parameters.
         chain: The role that carries the chain value in.
         outputs: op -> role of a value inside the tree that something else may read.
     """
@@ -107,6 +110,9 @@ VIEWS = (
     "aten.clone.default",
 )  # fmt: skip
 """Calls between two stages that are looked through (`expand` and `clone` only where they keep shape and strides)."""
+
+THROUGH_VIEWS = "views"
+"""Stands for any number of `VIEWS` in a tree."""
 
 _BOTH = ("self", "other")
 _CAST = Stage((Call("prims.convert_element_type.default", "", ("a",)),))
@@ -181,6 +187,24 @@ _RMS_NORM = (
       ("aten.mean.dim", ("aten.pow.Tensor_Scalar", "x", 2), "$dim", True), "$eps")),
 )  # fmt: skip
 
+
+
+def _math_attention(half: torch.dtype, masked: bool) -> Pattern:
+    """Attention in half precision as torch takes it apart where no fused one takes the mask: scaled, multiplied and summed in
+    float32, from and to `half`."""
+
+    def single(role: str) -> tuple[Any, ...]:
+        return ("prims.convert_element_type.default", role, torch.float32)
+
+    query = ("aten.mul.Scalar", single("q"), "$scale_q")
+    key = ("aten.mul.Scalar", ("aten.permute.default", single("k"), [0, 1, 3, 2]), "$scale_k")
+    scores = (THROUGH_VIEWS, ("aten.bmm.default", (THROUGH_VIEWS, query), (THROUGH_VIEWS, key)))
+    softmax = ("aten._safe_softmax.default", ("aten.add.Tensor", scores, "mask", 1) if masked else scores, "$dim", None)
+    product = ("aten.bmm.default", (THROUGH_VIEWS, softmax), (THROUGH_VIEWS, single("v")))
+    root = ("prims.convert_element_type.default", (THROUGH_VIEWS, product), half)
+    return Pattern(Tree("aten._safe_softmax.default", "attention_math", root, chain="q"), entry="q")
+
+
 PATTERNS: tuple[Pattern, ...] = (
     # convolution and its epilogue
     Pattern(
@@ -250,6 +274,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(Call("aten._softmax.default", "softmax"), **_BMM_ATTENTION),
     Pattern(Call("aten._safe_softmax.default", "safe_softmax"), **_BMM_ATTENTION),  # torch's own, where no fused one takes a mask
+    *(_math_attention(half, masked) for half in (torch.float16, torch.bfloat16) for masked in (True, False)),
     # backward
     Pattern(
         Call("aten.native_layer_norm_backward.default", "layer_norm_backward", ("grad_out",),
@@ -345,10 +370,11 @@ def anchor_ops() -> frozenset[str]:
 def pattern_ops() -> frozenset[str]:
     """Every op that some pattern mentions: the composites among them must reach the joint graph whole."""
     stages = [c.op for p in PATTERNS for s in (*p.before, *p.after) for c in s.calls]
-    trees = [op for p in PATTERNS if isinstance(p.anchor, Tree) for op in _tree_ops(p.anchor.root)]
+    trees = [op for p in PATTERNS if isinstance(p.anchor, Tree) for op in tree_ops(p.anchor.root)]
     return frozenset([*anchor_ops(), *stages, *trees])
 
 
-def _tree_ops(tree: tuple[Any, ...]) -> list[str]:
+def tree_ops(tree: tuple[Any, ...]) -> list[str]:
+    """The ops of a tree, from the root down; views that it looks through are not among them."""
     here = [tree[0]] if isinstance(tree[0], str) else list(tree[0])
-    return here + [op for a in tree[1:] if isinstance(a, tuple) for op in _tree_ops(a)]
+    return [op for op in here if op != THROUGH_VIEWS] + [op for a in tree[1:] if isinstance(a, tuple) for op in tree_ops(a)]

@@ -212,6 +212,8 @@ def _rewritten(
         op = {"self": "aten.where.ScalarSelf", "other": "aten.where.ScalarOther"}[scalars[0]] if len(scalars) == 1 else op
     if op == "aten._native_batch_norm_legit_no_training.default":
         given = {**given, "momentum": 0.0}  # not read in evaluation
+    if op == "aten.view.default" and (node, "self") not in roles and _is_copy(given["self"]):
+        return "aten.reshape.default", {"self": given["self"].args[0], "shape": list(node.meta["val"].shape)}
     if "scale" in given and given["scale"] is None and "query" in given:
         head = shape(given["query"])[-1]
         given = {**given, "scale": 1.0 / math.sqrt(head) if isinstance(head, int) else None}
@@ -219,6 +221,11 @@ def _rewritten(
         double = given["input"].meta["val"].dtype is torch.float64
         given = {**given, "eps": torch.finfo(torch.float64 if double else torch.float32).eps}  # of the dtype it computes in
     return op, given
+
+
+def _is_copy(value: fx.Node) -> bool:
+    """Whether a value is a copy that lays its elements out one behind the other, which a view needs."""
+    return op_name(value) == "aten.clone.default" and value.kwargs.get("memory_format") is torch.contiguous_format
 
 
 def _numerics(region: Region, program: _Program) -> Numerics:
