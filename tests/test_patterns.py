@@ -34,11 +34,11 @@ def test_roles_are_identifiers_and_distinct_within_a_call(call: Call) -> None:
 
 
 def test_no_two_patterns_have_the_same_anchor_and_stages() -> None:
-    seen = [
-        (p.anchor.op, p.anchor.label, getattr(p.anchor, "root", ()), tuple(c.label + c.op for s in p.before + p.after for c in s.calls))
-        for p in PATTERNS
-    ]
-    assert len(set(map(str, seen))) == len(seen)
+    seen = []
+    for p in PATTERNS:
+        stages = [c.label + c.op for s in p.before + p.after for c in s.calls]
+        seen.append((p.anchor.label, str(getattr(p.anchor, "root", p.anchor.op)), *stages))
+    assert len(set(seen)) == len(seen)
 
 
 def test_pattern_ops_exist_and_include_the_anchors() -> None:

@@ -15,10 +15,13 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
+from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config
 from torch._inductor.graph import GraphLowering
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_llmkernels import backend, plan, registry
 from torch_llmkernels.evaluation import Decision
@@ -107,6 +110,28 @@ SUBSET = [
 @pytest.mark.parametrize(("model", "training", "dynamic", "autocast"), SUBSET)
 def test_generated_code_is_that_of_inductor(model: str, training: bool, dynamic: bool, autocast: bool) -> None:
     check(model, training, dynamic, autocast)
+
+
+class MathAttention(nn.Module):
+    """Attention that torch takes apart, in two precisions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        heads, mask = self.inner(x).view(2, 8, 4, 8).transpose(1, 2), (position[:, None] >= 0).expand(2, 1, 8, 8)
+        half = heads.half()
+        with sdpa_kernel(SDPBackend.MATH):
+            attended = F.scaled_dot_product_attention(heads, heads, heads, mask)
+            return attended + F.scaled_dot_product_attention(half, half, half, mask)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_that_torch_takes_apart_is_taken_apart_the_same(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(zoo.CASES, "math_attention", (MathAttention, lambda: (torch.randn(2, 8, 32), torch.arange(8))))
+    check("math_attention", training, dynamic=False, autocast=False)
+    assert {"bmm.mask.safe_softmax.bmm", "attention_math"} & {r.signature for r in registry.report()[-1].regions}
 
 
 @pytest.mark.slow
