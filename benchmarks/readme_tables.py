@@ -184,8 +184,8 @@ HEADS = {
     "over the best of eager and Inductor.",
     "models": "### Models end to end\nMilliseconds of one call or training step, taken in turns; `gain`: Inductor's time over "
     "ours in the same mode (median of paired ratios ± two standard errors). Compilation is cold. "
-    "Language models get token ids alone, as in most benchmarks; BERT's attention then comes apart into products and a softmax when it "
-    "is compiled on a GPU (transformers 5.17), which eager's does not.",
+    "Language models get token ids alone, as in most benchmarks; BERT's attention then comes apart into products and a softmax "
+    "when it is compiled on a GPU (transformers 5.17), which eager's does not.",
     "kernelbench": "### KernelBench problems",
 }
 """What stands above a table, once there are results for it."""
