@@ -130,7 +130,7 @@ def _evaluate(node: ast.expr, environment: Mapping[str, int], text: str) -> int:
     name = spelled(node)
     if name is not None:
         if name not in environment:
-            raise ExpressionError(f"expression {text!r}: {name!r} has no value here (known: {', '.join(sorted(environment))})")
+            raise ExpressionError(f"expression {text!r}: {name!r} has no value here")  # unknown names are refused by the parser
         return environment[name]
     if isinstance(node, ast.Constant):
         return int(node.value)  # `_check` allowed ints only
