@@ -131,14 +131,21 @@ def _sizes(task: Task) -> dict[Slot, int]:
     found: dict[Slot, int] = {}
     for spec in task.inputs:
         found |= {("input", spec.name, dim): int(size) for dim, size in enumerate(spec.shape)}
+    sizes = _SIZES | _viewed(task)
     for name, value in task.params:
-        if name in _SIZES and isinstance(value, tuple):
+        if name in sizes and isinstance(value, tuple):
             found |= {("param", name, index): int(size) for index, size in enumerate(value)}
     for number, node in enumerate(task.program):
         for index, values in _size_arguments(node):
             listed = isinstance(values, (list, tuple))
             found |= {("arg", (number, index), i if listed else -1): v for i, v in enumerate(values if listed else [values])}
     return found
+
+
+def _viewed(task: Task) -> set[str]:
+    """The parameters that are sizes of views, whatever they are called."""
+    views = [node for node in task.program if node.op in ("aten.view.default", "aten.reshape.default")]
+    return {node.args[1]["p"] for node in views if isinstance(node.args[1], dict) and "p" in node.args[1]}
 
 
 def _size_arguments(node: Node) -> Iterator[tuple[int, Any]]:
