@@ -95,8 +95,8 @@ class Trial:
             try:
                 self._compare(last=done == 2 * PAIRS * LOOKS)
             except Exception:  # this is a user's call, and its result is at hand
-                log.warning("the measurement of a whole graph failed; the graph stays with Inductor", exc_info=True)
-                self.winner = self.variants[0]
+                log.warning("the measurement of a whole graph failed; it will be measured again", exc_info=True)
+                self.winner = self.winner or self.variants[0]
         return result
 
     def _compare(self, last: bool) -> None:

@@ -131,7 +131,7 @@ def _sizes(task: Task) -> dict[Slot, int]:
     found: dict[Slot, int] = {}
     for spec in task.inputs:
         found |= {("input", spec.name, dim): int(size) for dim, size in enumerate(spec.shape)}
-    sizes = _SIZES | _viewed(task)
+    sizes = _size_parameters(task)
     for name, value in task.params:
         if name in sizes and isinstance(value, tuple):
             found |= {("param", name, index): int(size) for index, size in enumerate(value)}
@@ -142,20 +142,27 @@ def _sizes(task: Task) -> dict[Slot, int]:
     return found
 
 
-def _viewed(task: Task) -> set[str]:
-    """The parameters that are sizes of views, whatever they are called."""
-    views = [node for node in task.program if node.op in ("aten.view.default", "aten.reshape.default")]
-    return {node.args[1]["p"] for node in views if isinstance(node.args[1], dict) and "p" in node.args[1]}
+def _size_parameters(task: Task) -> set[str]:
+    """The parameters that stand where a size is an argument, whatever they are called."""
+    values = [value for node in task.program for _, value in _where_sizes_stand(node)]
+    return {value["p"] for value in values if isinstance(value, dict) and "p" in value}
 
 
 def _size_arguments(node: Node) -> Iterator[tuple[int, Any]]:
     """Arguments that are literal sizes: their index and value."""
+    for index, value in _where_sizes_stand(node):
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if values and all(type(v) is int for v in values):
+            yield index, value
+
+
+def _where_sizes_stand(node: Node) -> Iterator[tuple[int, Any]]:
+    """Arguments that the schema calls by the name of a size: their index and value."""
     if node.op == "getitem":
         return
     schema = operator_of(node.op)._schema.arguments
     for index, (argument, value) in enumerate(zip(schema, node.args, strict=False)):
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if argument.name in _SIZES and values and all(type(v) is int for v in values):
+        if argument.name in _SIZES:
             yield index, value
 
 
