@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ from torch_llmkernels.evaluation import Decision
 from torch_llmkernels.graph import op
 from torch_llmkernels.kernels.cpu import CPU
 from torch_llmkernels.options import read_request
-from torch_llmkernels.settings import KNOBS, override
+from torch_llmkernels.settings import KNOBS, Settings, override
+from torch_llmkernels.task import Task
 
 
 class NormSoftmax(nn.Module):
@@ -282,6 +284,45 @@ class CountNodes(CustomGraphPass):
 
     def uuid(self) -> str | None:
         return self.name
+
+
+class PadProducts(CustomGraphPass):
+    """Widens every product by three columns and cuts them off again, as Inductor does on GPUs where its clock says it pays."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            a, b = node.args
+            with graph.inserting_before(node):
+                wide = graph.call_function(torch.ops.aten.constant_pad_nd.default, (b, [0, 3]))
+                product = graph.call_function(torch.ops.aten.mm.default, (a, wide))
+                cut = graph.call_function(torch.ops.aten.slice.Tensor, (product, 1, 0, b.meta["val"].shape[1]))
+            node.replace_all_uses_with(cut)
+            graph.erase_node(node)
+
+    def uuid(self) -> str | None:
+        return None
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_strides_that_later_passes_change_are_put_right_before_the_kernel_runs(tmp_path: Path, dynamic: bool) -> None:
+    def only_softmax(tasks: list[Task], settings: Settings) -> list[Decision]:
+        return [(swap_all if task.signature == "softmax" else swap_none)([task], settings)[0] for task in tasks]
+
+    seen: list[tuple[int, ...]] = []
+
+    def build(spec: op.Spec, settings: Settings, index: int) -> Callable[..., None]:
+        def launch(y: torch.Tensor, x: torch.Tensor, *symbols: int) -> None:
+            seen.append(x.stride())
+            y.copy_(x.softmax(-1))
+
+        return launch
+
+    x, w = torch.randn(4, 6), torch.randn(6, 5)
+    padding, launchers = config.patch(joint_custom_post_pass=PadProducts()), mock.patch.object(op, "build_launcher", build)
+    with swapping(tmp_path, only_softmax), padding, launchers, torch.no_grad():
+        y = compiled(lambda x, w: F.softmax(x @ w, dim=-1), dynamic=dynamic)(x, w)
+    torch.testing.assert_close(y, (x @ w).softmax(-1))
+    assert seen == [(5, 1)]
 
 
 @pytest.mark.parametrize("uuid", ["mine", None])

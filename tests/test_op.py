@@ -115,6 +115,19 @@ def test_tensors_that_a_kernel_does_not_serve_run_the_reference(build: Callable,
     assert len(caplog.records) == 1 and "aligned" in caplog.text
 
 
+def test_tensors_of_another_layout_never_reach_the_kernel(build: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel is compiled for its task's strides and does not look at those of its arguments."""
+    build(fill_with(7.0))
+    slot, y = op.bind(spec_of(softmax_task(4, 8))), torch.empty(4, 8)
+    padded = torch.randn(4, 11)[:, :8]
+    with caplog.at_level(logging.WARNING, "torch_llmkernels"):
+        slot(y, padded)
+    torch.testing.assert_close(y, padded.softmax(-1))
+    assert "x has shape (4, 8) and strides (11, 1), the kernel was compiled for shape (4, 8) and strides (8, 1)" in caplog.text
+    slot(y, padded.contiguous())
+    assert (y == 7).all()
+
+
 def test_a_slot_can_be_rebound_while_graphs_hold_it(build: Callable) -> None:
     build(fill_with(1.0))
     task, x = softmax_task(4, 8), torch.randn(4, 8)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, register_lowering
 from torch._inductor.virtualized import V
@@ -19,7 +20,7 @@ from torch.utils._ordered_set import OrderedSet
 
 from torch_llmkernels.errors import LLMKernelsError
 from torch_llmkernels.graph import op
-from torch_llmkernels.task import digest
+from torch_llmkernels.task import Task, digest
 
 if TYPE_CHECKING:
     from torch_llmkernels.kernels.launch import Workspace
@@ -86,9 +87,18 @@ def _scratch(layout: Workspace, device: torch.device) -> Any:
     return _buffer(layout.shape, stride, getattr(torch, layout.dtype), device)
 
 
-def _exact(value: Any, meta: torch.Tensor) -> Any:
-    """The input as a buffer with the strides of the task: kernels are keyed by them."""
-    return ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(value), _expressions(meta.stride()))
+def _exact(value: Any, stride: Sequence[Any]) -> Any:
+    """The input as a buffer with these strides, copied if it has others."""
+    return ir.ExternKernel.require_exact_strides(ir.ExternKernel.realize_input(value), _expressions(stride))
+
+
+def _strides(task: Task, node: fx.Node, symbols: Sequence[Any]) -> list[Sequence[Any]]:
+    """Strides of the call's tensors: of the task's inputs those that the kernel was compiled for, then those of what is prepared.
+
+    The graph's own may be others by now: passes that run after the swap pad products, and what reads those is then a slice.
+    """
+    given = [arg.meta["val"].stride() for arg in node.args[1]]  # type: ignore[union-attr]
+    return [op.concrete_layout(task, tensor, symbols)[1] for tensor in task.inputs] + given[len(task.inputs) :]
 
 
 @register_lowering(op.region_op(), type_promotion_kind=None)
@@ -105,7 +115,8 @@ def lower_region(spec: str, ins: Sequence[Any], syms: Sequence[Any]) -> list[Any
         )
     node = V.graph.current_node
     values = node.meta["val"]
-    inputs = [_exact(value, arg.meta["val"]) for value, arg in zip(ins, node.args[1], strict=True)]
+    strides = _strides(op.decode_spec(spec).task, node, _expressions(syms))
+    inputs = [_exact(value, stride) for value, stride in zip(ins, strides, strict=True)]
     outputs = [_buffer(v.size(), v.stride(), v.dtype, v.device) for v in values]
     if V.graph.cpp_wrapper:
         ir.FallbackKernel.create(op.region_out_op(), spec, outputs, inputs, list(syms))

@@ -201,11 +201,33 @@ class Slot:
                 output.copy_(value)
 
     def _first_call(self, *args: Any) -> None:
-        """Build for the device of the first output, then run; later calls skip the look-up where one device is all there is."""
+        """Build for the device of the first output, then run; later calls skip the look-up where one device is all there is.
+
+        Kernels do not look at strides, they are compiled for the task's: a graph that passes others is found out here, once.
+        """
+        self._check_layout(args)
         device = args[0].device
         launcher = self._launcher(device)
         self.fn = launcher if device.type == "cpu" or torch.cuda.device_count() == 1 else self._by_device
         launcher(*args)
+
+    def _check_layout(self, args: tuple[Any, ...]) -> None:
+        """Refuse tensors of another shape or other strides than the task's.
+
+        Raises:
+            NotApplicable: naming the tensor.
+        """
+        task = self.spec.task
+        symbols = args[len(args) - len(task.symbols) :]
+        inputs = args[len(args) - len(symbols) - len(task.inputs) : len(args) - len(symbols)]
+        for tensor, given in zip((*task.outputs, *task.inputs), (*args[: len(task.outputs)], *inputs), strict=True):
+            shape, stride = concrete_layout(task, tensor, symbols)
+            steps = [have == want or size == 1 for size, have, want in zip(shape, given.stride(), stride, strict=True)]
+            if list(given.shape) != shape or (given.numel() and not all(steps)):
+                raise NotApplicable(
+                    f"{tensor.name} has shape {tuple(given.shape)} and strides {given.stride()}, the kernel was compiled for "
+                    f"shape {tuple(shape)} and strides {tuple(stride)}"
+                )
 
     def _by_device(self, *args: Any) -> None:
         index = args[0].device.index
