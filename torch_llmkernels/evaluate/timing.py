@@ -34,8 +34,8 @@ MOST_SAMPLES, FEWEST_SAMPLES = 240, 9
 SCRATCH_ALIGN = 256
 POOL_EXTRA = 1 << 18
 """Places in a pool of random values from which an input's data may begin."""
-CLEARLY = 1.25
-"""A ratio beyond which no more turns are needed to tell which of two is faster."""
+CLEAR_WIN, CLEAR_LOSS = 1.1, 1.0
+"""The ratio of a baseline to the kernel: no more turns are needed where every one is above the first, or below the second."""
 GROUPS = 12
 """Groups of consecutive samples whose medians the spread is taken over, where there are four samples in each."""
 SECONDS_PER_SUBJECT = 0.7
@@ -305,12 +305,12 @@ def take_turns(
 
 
 def is_clear(kernel: Subject, baselines: Sequence[Subject]) -> bool:
-    """Whether every turn of at least `FEWEST_SAMPLES` says the same by a factor of `CLEARLY`: it beats all baselines, or one
-    of them beats it."""
+    """Whether every turn of at least `FEWEST_SAMPLES` says the same: the kernel beats all baselines by far, or one of them
+    beats it by anything."""
     if len(kernel.samples) < FEWEST_SAMPLES:
         return False
     turns = [paired(s.samples, kernel.samples) for s in baselines]
-    return all(min(ratios) > CLEARLY for ratios in turns) or any(max(ratios) < 1 / CLEARLY for ratios in turns)
+    return all(min(ratios) > CLEAR_WIN for ratios in turns) or any(max(ratios) < CLEAR_LOSS for ratios in turns)
 
 
 def _pool(tensor: torch.Tensor) -> torch.Tensor:
