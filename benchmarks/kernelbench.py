@@ -72,8 +72,9 @@ def made(path: Path, device: str, scale: float) -> tuple[nn.Module, list[Any]]:
         for name in named:
             setattr(problem, name, max(1, int(getattr(problem, name) * scale)))
     torch.manual_seed(42)
-    model = problem.Model(*problem.get_init_inputs()).to(device).eval()
-    inputs = [v.to(device) if isinstance(v, torch.Tensor) else v for v in problem.get_inputs()]
+    with torch.device(device):  # gigabytes of random numbers take a GPU no time, and the host many seconds
+        model = problem.Model(*problem.get_init_inputs()).to(device).eval()
+        inputs = [v.to(device) if isinstance(v, torch.Tensor) else v for v in problem.get_inputs()]
     return model, inputs if named or scale >= 1 else shrunk(model, inputs, scale)
 
 
