@@ -267,9 +267,11 @@ def test_every_call_launches_on_its_own_tensors_and_stream(monkeypatch: pytest.M
         launcher(y, x, weight)
         made = recorder.calls[-1]
         assert [as_int(v) for v in made.values[:4]] == [x.pointer, weight.pointer, 0, y.pointer] and made.stream == stream
+    (bound,) = launcher._bound.values()
+    frames = list(bound.frames)
     with pytest.raises(NotApplicable, match="16 bytes"):
         launcher(FakeTensor(first[0].pointer + 1), *first[1:])
-    assert len(recorder.calls) == 4
+    assert len(recorder.calls) == 4 and bound.frames == frames  # the next call makes no new one
 
 
 def test_tensor_maps_are_encoded_once_per_address_and_passed_by_value(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,7 +352,11 @@ class CudaLauncher:
         # What `_enqueue` does, for launches without descriptors and zeroed workspaces: most are, and the host's time counts.
         frame = bound.frame()
         if pointers != frame.seen:  # a graph's buffers mostly come back at the same addresses
-            self._check_alignment(pointers)
+            try:
+                self._check_alignment(pointers)
+            except NotApplicable:
+                bound.frames.append(frame)
+                raise
             bound.pack(frame.pointers, 0, *pointers)
             frame.seen = pointers
         stream = self._raw_stream(bound.index)
