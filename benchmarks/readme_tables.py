@@ -122,16 +122,21 @@ def _gain(gain: Result | None, swapped: Sequence[str] | None) -> str | None:
 
 
 def kernelbench(result: Result) -> str:
-    """fast_p and the geometric means."""
+    """fast_p and the geometric means, then every problem that was measured."""
     found = result["summary"]
+    problems = [
+        [row["problem"], *(row["contenders"].get(name, {}).get("ms") for name in ("eager", "inductor", "ours")),
+         _times(row.get("vs_eager")), _times(row.get("vs_inductor")) if row.get("swaps") else "no swap", row["verdict"]]
+        for row in result["rows"] if "verdict" in row
+    ]  # fmt: skip
+    listed = markdown(["problem", "eager ms", "Inductor ms", "ours ms", "over eager", "over Inductor", "verdict"], problems)
     rows = [
         [name, found[key]["geomean"], found[key]["geomean_swapped"], *found[key]["fast_p"].values()]
         for name, key in (("eager", "vs_eager"), ("Inductor", "vs_inductor"))
     ]
     head = f"{found['correct']} of {found['problems']} problems correct, {found['swapped']} with a swap.\n\n"
-    return head + markdown(
-        ["against", "geomean", "geomean of the swapped", *(f"fast_{p}" for p in found["vs_eager"]["fast_p"])], rows
-    )
+    columns = ["against", "geomean", "geomean of the swapped", *(f"fast_{p}" for p in found["vs_eager"]["fast_p"])]
+    return f"{head}{markdown(columns, rows)}\n\n{listed}"
 
 
 def _times(ratio: float | None) -> str | None:
@@ -186,7 +191,9 @@ HEADS = {
     "ours in the same mode (median of paired ratios ± two standard errors). Compilation is cold. "
     "Language models get token ids alone, as in most benchmarks; BERT's attention then comes apart into products and a softmax "
     "when it is compiled on a GPU (transformers 5.17), which eager's does not.",
-    "kernelbench": "### KernelBench problems",
+    "kernelbench": "### KernelBench problems\nProblem files of level 1 of "
+    "[KernelBench](https://github.com/ScalingIntelligence/KernelBench) as they are, float32 without TF32. Listed is all that was "
+    "measured; fast_p is the share of these problems that is correct and more than p times as fast.",
 }
 """What stands above a table, once there are results for it."""
 
