@@ -81,20 +81,23 @@ class ErrorSums:
 
         Elements that are not finite in any of them are left out; the check compares their pattern by itself.
         """
-        errors = [torch.sub(t, truth) for t in (got, eager)]  # in float64, as the truth is
         finite = None if all_finite(got, eager, truth) else finite_mask(got) & finite_mask(eager) & finite_mask(truth)
-        if finite is not None:
-            errors = [torch.where(finite, e, 0.0) for e in errors]
-            scale = torch.where(finite, scale, 0.0)
-        scaled = [_scaled(e, scale, self._subnormal) for e in errors]
-        for side in (0, 1):
-            self._square[side] += _finite(_squares(errors[side]))
-            self._tails[side].append(_percentile(scaled[side]))
-            self._maxima[side] = max(self._maxima[side], _finite(float(scaled[side].max())) if truth.numel() else 0.0)
+        scale = scale if finite is None else torch.where(finite, scale, 0.0)
+        for side, value in enumerate((got, eager)):  # one after the other: an output may fill a tenth of the device
+            error = torch.sub(value, truth)  # in float64, as the truth is
+            error = error if finite is None else torch.where(finite, error, 0.0)
+            self._square[side] += _finite(_squares(error))
+            if side == 1:
+                self._independence.add(error, scale)
+            scaled = _scaled(error, scale, self._subnormal)
+            del error
+            self._tails[side].append(_percentile(scaled))
+            self._maxima[side] = max(self._maxima[side], _finite(float(scaled.max())) if truth.numel() else 0.0)
+            if side == 0:
+                self._note_worst(scaled, got, eager, truth, seed)
+            del scaled
         self._reference += _finite(_squares(truth if finite is None else torch.where(finite, truth, 0.0)))
         self._count += truth.numel() if finite is None else int(finite.sum())
-        self._independence.add(errors[1], scale)
-        self._note_worst(scaled[0], got, eager, truth, seed)
 
     def _note_worst(self, scaled: torch.Tensor, got: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, seed: int) -> None:
         if not scaled.numel():
