@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import gc
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,9 +101,31 @@ def _smaller(inputs: list[Any], scale: float) -> Iterator[list[Any]]:
         yield [v[:keep] if any(v is t for t in chosen) else v for v in inputs]
 
 
-@torch.no_grad()
+LEAST_SCALE = 1 / 64
+"""How far the batch of a problem is cut that does not fit the device's memory beside its float64 reference."""
+
+
 def measure(path: Path, folder: Path, device: str, scale: float, quick: bool) -> dict[str, Any]:
-    """The row of one problem."""
+    """The row of one problem; where not even eager has room beside the reference, that of a quarter of its batch, and so on."""
+    row = measured(path, folder, device, scale, quick)
+    while is_too_large(row) and scale / 4 >= LEAST_SCALE:
+        scale /= 4
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        row = measured(path, folder, device, scale, quick)
+    return row if scale == 1 else row | {"batch_scale": scale}
+
+
+def is_too_large(row: dict[str, Any]) -> bool:
+    """Whether eager itself ran out of memory."""
+    eager = row["contenders"].get("eager", {"failed": row["verdict"]})  # without contenders the verdict is eager's failure
+    return "OutOfMemoryError" in eager.get("failed", "")
+
+
+@torch.no_grad()
+def measured(path: Path, folder: Path, device: str, scale: float, quick: bool) -> dict[str, Any]:
+    """The row of one problem at one batch size."""
     row: dict[str, Any] = {"problem": path.relative_to(folder).with_suffix("").as_posix(), "contenders": {}}
     torch._dynamo.reset()
     try:

@@ -125,7 +125,8 @@ def kernelbench(result: Result) -> str:
     """fast_p and the geometric means, then every problem that was measured."""
     found = result["summary"]
     problems = [
-        [row["problem"], *(row["contenders"].get(name, {}).get("ms") for name in ("eager", "inductor", "ours")),
+        [f"{row['problem']} (batch x {row['batch_scale']:g})" if "batch_scale" in row else row["problem"],
+         *(row["contenders"].get(name, {}).get("ms") for name in ("eager", "inductor", "ours")),
          _times(row.get("vs_eager")), _times(row.get("vs_inductor")) if row.get("swaps") else "no swap", row["verdict"]]
         for row in result["rows"] if "verdict" in row
     ]  # fmt: skip
@@ -193,7 +194,8 @@ HEADS = {
     "when it is compiled on a GPU (transformers 5.17), which eager's does not.",
     "kernelbench": "### KernelBench problems\nProblem files of level 1 of "
     "[KernelBench](https://github.com/ScalingIntelligence/KernelBench) as they are, float32 without TF32. Listed is all that was "
-    "measured; fast_p is the share of these problems that is correct and more than p times as fast.",
+    "measured so far, not the whole level: the means are those of this part, in which products and convolutions weigh more. "
+    "fast_p is the share of these problems that is correct and more than p times as fast.",
 }
 """What stands above a table, once there are results for it."""
 

@@ -87,6 +87,31 @@ def get_init_inputs():
 """
 
 
+LARGE = """
+import torch
+batch_size = 64
+class Model(torch.nn.Module):
+    def forward(self, x):
+        if len(x) > MOST:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x + 1
+def get_inputs(): return [torch.zeros(batch_size, 2)]
+def get_init_inputs(): return []
+"""
+
+
+@pytest.mark.usefixtures("eager_only")
+def test_a_problem_that_does_not_fit_is_measured_at_a_smaller_batch(tmp_path: Path) -> None:
+    path = tmp_path / "1_large.py"
+    path.write_text(LARGE.replace("MOST", "8"))
+    row = kernelbench.measure(path, tmp_path, "cpu", 1.0, quick=True)
+    assert row["verdict"] == "correct" and row["batch_scale"] == 1 / 16
+    path.write_text(LARGE.replace("MOST", "0"))
+    assert "OutOfMemoryError" in kernelbench.measure(path, tmp_path, "cpu", 1.0, quick=True)["verdict"]
+    path.write_text(LARGE.replace("MOST", "64"))
+    assert "batch_scale" not in kernelbench.measure(path, tmp_path, "cpu", 1.0, quick=True)
+
+
 @pytest.mark.usefixtures("eager_only")
 def test_a_problem_may_work_in_place(tmp_path: Path) -> None:
     (tmp_path / "1_in_place.py").write_text(IN_PLACE)
