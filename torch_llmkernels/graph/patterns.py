@@ -196,8 +196,9 @@ def _math_attention(half: torch.dtype, masked: bool) -> Pattern:
     def single(role: str) -> tuple[Any, ...]:
         return ("prims.convert_element_type.default", role, torch.float32)
 
-    query = ("aten.mul.Scalar", single("q"), "$scale_q")
-    key = ("aten.mul.Scalar", ("aten.permute.default", single("k"), [0, 1, 3, 2]), "$scale_k")
+    mul = ("aten.mul.Scalar", "aten.mul.Tensor")
+    query = (mul, single("q"), "$scale_q")
+    key = (mul, ("aten.permute.default", single("k"), [0, 1, 3, 2]), "$scale_k")
     scores = (THROUGH_VIEWS, ("aten.bmm.default", (THROUGH_VIEWS, query), (THROUGH_VIEWS, key)))
     softmax = ("aten._safe_softmax.default", ("aten.add.Tensor", scores, "mask", 1) if masked else scores, "$dim", None)
     product = ("aten.bmm.default", (THROUGH_VIEWS, softmax), (THROUGH_VIEWS, single("v")))
