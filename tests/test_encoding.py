@@ -36,11 +36,22 @@ def graph_of(task: Task) -> fx.Graph:
     Outputs have the strides of the record: a convolution's depend on the libraries that torch was built with.
     """
     module = module_of(task)
+    _take_reshapes_apart(module.graph)
     with FakeTensorMode() as mode, precision(task.numerics):
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*(fake(spec, task.device) for spec in task.inputs))
         for node, spec in zip(module.graph.output_node().args[0], task.outputs, strict=True):
             node.meta["val"] = fake(spec, task.device)
     return module.graph
+
+
+def _take_reshapes_apart(graph: fx.Graph) -> None:
+    """A reshape stands in a task's program where torch's graphs hold a copy and a view of it."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.reshape.default):
+        source, shape = node.args
+        with graph.inserting_before(node):
+            copy = graph.call_function(torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+            node.replace_all_uses_with(graph.call_function(torch.ops.aten.view.default, (copy, shape)))
+        graph.erase_node(node)
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: f"{r.device_kind}-{r.task.signature}-{r.task.key[:8]}")

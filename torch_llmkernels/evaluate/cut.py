@@ -28,8 +28,8 @@ STUCK_BYTES = 8 * MOST_BYTES
 MOST_SLOTS = 10  # of one value, up to which every subset is tried
 _CHECKED = frozenset((
     "mm", "addmm", "bmm", "baddbmm", "convolution", "relu", "gelu", "silu", "sigmoid", "tanh", "add", "sub", "mul", "div",
-    "native_layer_norm", "native_group_norm_backward", "_softmax", "_safe_softmax", "_log_softmax", "max_pool2d_with_indices",
-    "getitem",
+    "native_layer_norm", "native_group_norm", "native_group_norm_backward", "_softmax", "_safe_softmax", "_log_softmax",
+    "max_pool2d_with_indices", "getitem",
 ))  # fmt: skip
 """Operators that refuse inputs whose sizes do not belong together, on meta tensors too."""
 _SIZES = frozenset(("normalized_shape", "size", "shape", "input_size", "N", "C"))

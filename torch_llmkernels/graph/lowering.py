@@ -108,20 +108,21 @@ def lower_region(spec: str, ins: Sequence[Any], syms: Sequence[Any]) -> list[Any
     Raises:
         LLMKernelsError: in an AOTInductor compilation.
     """
+    decoded = op.decode_spec(spec)
     if V.graph.aot_mode:
         raise LLMKernelsError(
-            f"{op.decode_spec(spec).label}: an AOTInductor package runs without Python, and a swapped region needs it; export "
+            f"{decoded.label}: an AOTInductor package runs without Python, and a swapped region needs it; export "
             "the model itself, without swaps (torch.export.export of the uncompiled model)"
         )
     node = V.graph.current_node
     values = node.meta["val"]
-    strides = _strides(op.decode_spec(spec).task, node, _expressions(syms))
+    strides = _strides(decoded.task, node, _expressions(syms))
     inputs = [_exact(value, stride) for value, stride in zip(ins, strides, strict=True)]
     outputs = [_buffer(v.size(), v.stride(), v.dtype, v.device) for v in values]
     if V.graph.cpp_wrapper:
         ir.FallbackKernel.create(op.region_out_op(), spec, outputs, inputs, list(syms))
     else:
-        decoded, device = op.decode_spec(spec), values[0].device
+        device = values[0].device
         inputs, prepared = inputs[: len(decoded.task.inputs)], inputs[len(decoded.task.inputs) :]
         layouts = op.workspace_layouts(decoded, device)
         workspaces = op.merged(decoded, layouts, prepared, functools.partial(_scratch, device=device))

@@ -193,12 +193,17 @@ class Slot:
 
     def run_reference(self, *args: Any) -> None:
         """Compute the outputs with the region's own program."""
-        task = self.spec.task
-        outputs = args[: len(task.outputs)]
-        inputs = args[len(args) - len(task.inputs) - len(task.symbols) :]
+        outputs, inputs, symbols = self._sorted(args)
         with torch.no_grad():
-            for output, value in zip(outputs, self.spec.module(*inputs), strict=True):
+            for output, value in zip(outputs, self.spec.module(*inputs, *symbols), strict=True):
                 output.copy_(value)
+
+    def _sorted(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """Outputs, inputs and symbols of a call; its workspaces are left out."""
+        task = self.spec.task
+        first_symbol = len(args) - len(task.symbols)
+        first_input = first_symbol - len(task.inputs)
+        return args[: len(task.outputs)], args[first_input:first_symbol], args[first_symbol:]
 
     def _first_call(self, *args: Any) -> None:
         """Build for the device of the first output, then run; later calls skip the look-up where one device is all there is.
@@ -218,9 +223,8 @@ class Slot:
             NotApplicable: naming the tensor.
         """
         task = self.spec.task
-        symbols = args[len(args) - len(task.symbols) :]
-        inputs = args[len(args) - len(symbols) - len(task.inputs) : len(args) - len(symbols)]
-        for tensor, given in zip((*task.outputs, *task.inputs), (*args[: len(task.outputs)], *inputs), strict=True):
+        outputs, inputs, symbols = self._sorted(args)
+        for tensor, given in zip((*task.outputs, *task.inputs), (*outputs, *inputs), strict=True):
             shape, stride = concrete_layout(task, tensor, symbols)
             steps = [have == want or size == 1 for size, have, want in zip(shape, given.stride(), stride, strict=True)]
             if list(given.shape) != shape or (given.numel() and not all(steps)):

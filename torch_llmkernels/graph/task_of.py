@@ -214,8 +214,6 @@ def _rewritten(
         given = {**given, "momentum": 0.0}  # not read in evaluation
     if op == "aten.view.default" and (node, "self") not in roles and _is_copy(given["self"]):
         return "aten.reshape.default", {"self": given["self"].args[0], "shape": list(node.meta["val"].shape)}
-    if op_name(node) == "aten.reshape.default" and _copies(node):
-        return "aten.reshape.default", {"self": given["self"], "shape": list(node.meta["val"].shape)}
     if "scale" in given and given["scale"] is None and "query" in given:
         head = shape(given["query"])[-1]
         given = {**given, "scale": 1.0 / math.sqrt(head) if isinstance(head, int) else None}
@@ -228,16 +226,6 @@ def _rewritten(
 def _is_copy(value: fx.Node) -> bool:
     """Whether a value is a copy that lays its elements out one behind the other, which a view needs."""
     return op_name(value) == "aten.clone.default" and value.kwargs.get("memory_format") is torch.contiguous_format
-
-
-def _copies(reshape: fx.Node) -> bool:
-    """Whether no view of the operand has the wanted shape. No graph of torch's holds such a call, but a program of ours does."""
-    value, wanted = reshape.args[0].meta["val"], reshape.meta["val"].shape  # type: ignore[union-attr]
-    try:
-        value.view(wanted)
-    except (RuntimeError, ValueError):  # the second of a fake tensor
-        return True
-    return False
 
 
 def _numerics(region: Region, program: _Program) -> Numerics:
