@@ -194,7 +194,8 @@ HEADS = {
     "when it is compiled on a GPU (transformers 5.17), which eager's does not.",
     "kernelbench": "### KernelBench problems\nProblem files of level 1 of "
     "[KernelBench](https://github.com/ScalingIntelligence/KernelBench) as they are, float32 without TF32. Listed is all that was "
-    "measured so far, not the whole level: the means are those of this part, in which products and convolutions weigh more. "
+    "measured so far, not the whole level: the means are those of this part, in which products and convolutions weigh more, and "
+    "from which problems are missing that did not fit the device's memory beside their float64 reference. "
     "fast_p is the share of these problems that is correct and more than p times as fast.",
 }
 """What stands above a table, once there are results for it."""
