@@ -288,6 +288,27 @@ def test_tensor_maps_are_encoded_once_per_address_and_passed_by_value(monkeypatc
     assert first.kinds == {driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION} and first.smem == 66560
 
 
+def test_a_hundred_layers_that_share_a_launcher_encode_their_maps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks.matmul_task(256, 128, 64, b_transposed=True)
+    launcher, recorder, _ = recorded(monkeypatch, kernel("tma_wgmma"), task, {}, [128, 128, 8, 4, 4])
+    y, a, weights = FakeTensor(0x1000), FakeTensor(0x2000), [FakeTensor(0x10000 * i) for i in range(1, 101)]
+    for weight in (*weights, *weights):
+        launcher(y, a, weight)
+    assert [c[1] for c in recorder.calls if isinstance(c, tuple)] == [0x2000, *(w.pointer for w in weights)]
+
+
+def test_addresses_that_a_map_refuses_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks.matmul_task(256, 128, 64, b_transposed=True)
+    launcher, recorder, _ = recorded(monkeypatch, kernel("tma_wgmma"), task, {}, [128, 128, 8, 4, 4])
+    y, a, b, other = (FakeTensor(0x1000 * i) for i in range(1, 5))
+    launcher(y, a, b)
+    with pytest.raises(NotApplicable, match="16 bytes"):
+        launcher(other, FakeTensor(a.pointer + 8), b)
+    launcher(y, a, b)
+    first, second = (c for c in recorder.calls if not isinstance(c, tuple))
+    assert first.values == second.values
+
+
 def test_launch_attributes_follow_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     text = (KERNELS / "layer_norm.cu").read_text().replace("block  =", "cooperative = true\npdl = true\nblock  =")
     which = parse_kernel(text + "__device__ void in_order() { pdl_wait(); }\n", "layer_norm")

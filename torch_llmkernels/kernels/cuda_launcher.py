@@ -8,7 +8,6 @@ thread-safe without a lock: the driver copies the arguments before a launch retu
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     from torch_llmkernels.task import Task
 
 MAX_PLANS = 256  # symbol tuples that a dynamic launcher remembers
-MAX_DESCRIPTORS = 64  # encoded tensor maps that a device remembers per plan
+MAX_DESCRIPTORS = 4096
+"""Encoded tensor maps that a plan remembers: layers of one shape share a plan, and one encoding costs the host 10 us."""
 _PORTABLE_CLUSTER = 8
 _DEFAULT_SMEM = 48 << 10
 
@@ -212,11 +212,10 @@ class _Bound:
     plan: Plan
     device: _Device
     frames: list[_Frame] = dataclasses.field(default_factory=list)
-    descriptors: collections.OrderedDict[tuple[int, int], Any] = dataclasses.field(default_factory=collections.OrderedDict)
+    descriptors: dict[tuple[int, int], tuple[int, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.index = self.device.index
-        self.plain = not (self.plan.empty or self.plan.maps or self.plan.zero)
         self.pack = struct.Struct(f"{self.plan.tensors}Q").pack_into
 
     def frame(self) -> _Frame:
@@ -225,20 +224,31 @@ class _Bound:
         except IndexError:
             return _Frame(self.plan, self.device)
 
-    def fill_maps(self, frame: _Frame, pointers: list[int]) -> None:
-        """Bring the frame's descriptors up to date with the tensors' addresses."""
+    def fill(self, frame: _Frame, pointers: list[int]) -> None:
+        """Write the tensors' addresses, and the descriptors over them, into the frame.
+
+        Raises:
+            NotApplicable: if a tensor map cannot start at an address.
+            LaunchError: if the driver refuses to encode one.
+        """
+        frame.seen = []
+        self.pack(frame.pointers, 0, *pointers)
         for i, spec in enumerate(self.plan.maps):
             pointer = pointers[spec.position]
             if frame.map_pointers[i] != pointer:
-                ctypes.memmove(frame.maps[i], int(self._descriptor(i, spec, pointer).getPtr()), 128)
+                address, _held = self._descriptor(i, spec, pointer)
+                ctypes.memmove(frame.maps[i], address, 128)
                 frame.map_pointers[i] = pointer
+        frame.seen = pointers
 
-    def _descriptor(self, i: int, spec: MapPlan, pointer: int) -> Any:
+    def _descriptor(self, i: int, spec: MapPlan, pointer: int) -> tuple[int, Any]:
+        """Where the encoded map lies, and the object that holds it, which must live as long as somebody reads there."""
         found = self.descriptors.get((i, pointer))
         if found is None:
-            found = self.descriptors[i, pointer] = encode_tensor_map(spec, pointer)
-            while len(self.descriptors) > MAX_DESCRIPTORS:
-                self.descriptors.popitem(last=False)
+            if len(self.descriptors) >= MAX_DESCRIPTORS:
+                self.descriptors = {}
+            encoded = encode_tensor_map(spec, pointer)
+            found = self.descriptors[i, pointer] = int(encoded.getPtr()), encoded
         return found
 
 
@@ -341,45 +351,28 @@ class CudaLauncher:
         return self._plan(index, values)
 
     def __call__(self, *args: Any) -> None:
-        tensors = self._tensors
-        pointers = [tensor.data_ptr() for tensor in args[:tensors]]
-        bound = self._bound.get((args[0].get_device(), *args[tensors:]))
-        if bound is None or not bound.plain or self._get_device() != bound.index or (bound.plan.prepare and not self.prepared):
-            bound = self._enter(args, pointers)
-            if not bound.plan.empty:
-                self._on_device(bound, pointers, main=True)
-            return
-        # What `_enqueue` does, for launches without descriptors and zeroed workspaces: most are, and the host's time counts.
-        frame = bound.frame()
-        if pointers != frame.seen:  # a graph's buffers mostly come back at the same addresses
-            try:
-                self._check_alignment(pointers)
-            except NotApplicable:
-                bound.frames.append(frame)
-                raise
-            bound.pack(frame.pointers, 0, *pointers)
-            frame.seen = pointers
-        stream = self._raw_stream(bound.index)
-        if frame.stream != stream:
-            frame.set_stream(stream)
-        for config, function, addresses, name in frame.launches:
-            status = self._launch(config, function, addresses, 0)[0]
-            if status:
-                self._relaunch(status, config, function, addresses, name, bound.device)
-        bound.frames.append(frame)
+        self._go(args, main=True)
 
     def prepare(self, *args: Any) -> None:
-        pointers = [tensor.data_ptr() for tensor in args[: self._tensors]]
-        bound = self._enter(args, pointers)
-        if not bound.plan.empty:
-            self._on_device(bound, pointers, main=False)
+        """Run the prepare launches alone, on the arguments of a call; from then on calls leave them out."""
+        self._go(args, main=False)
         self.prepared = True
 
-    def _enter(self, args: tuple[Any, ...], pointers: list[int]) -> _Bound:
-        self._check_alignment(pointers)
+    def _go(self, args: tuple[Any, ...], main: bool) -> None:
+        pointers = [tensor.data_ptr() for tensor in args[: self._tensors]]
         key = (args[0].get_device(), *args[self._tensors :])
-        bound = self._bound.get(key)
-        return bound if bound is not None else self._bind(key[0], key[1:])
+        bound = self._bound.get(key) or self._bind(key[0], key[1:])
+        if bound.plan.empty:
+            return
+        current = self._get_device()
+        if current == bound.index:
+            self._enqueue(bound, pointers, main)
+            return
+        self._set_device(bound.index)
+        try:
+            self._enqueue(bound, pointers, main)
+        finally:
+            self._set_device(current)
 
     def _check_alignment(self, pointers: list[int]) -> None:
         bits = 0
@@ -388,27 +381,19 @@ class CudaLauncher:
         if bits & self._mask:
             raise NotApplicable(f"{self._kernel.name}: needs addresses that are multiples of {self._kernel.align} bytes")
 
-    def _on_device(self, bound: _Bound, pointers: list[int], main: bool) -> None:
-        index, current = bound.device.index, self._get_device()
-        if current == index:
-            self._enqueue(bound, pointers, main)
-            return
-        self._set_device(index)
-        try:
-            self._enqueue(bound, pointers, main)
-        finally:
-            self._set_device(current)
-
     def _enqueue(self, bound: _Bound, pointers: list[int], main: bool) -> None:
         plan, frame = bound.plan, bound.frame()
-        stream = self._raw_stream(bound.device.index)
+        stream = self._raw_stream(bound.index)
         if frame.stream != stream:
             frame.set_stream(stream)
-        bound.pack(frame.pointers, 0, *pointers)
-        frame.seen = pointers
-        if plan.maps:
-            bound.fill_maps(frame, pointers)
-        if not (main and self.prepared):
+        if pointers != frame.seen:  # a graph's buffers mostly come back at the same addresses
+            try:
+                self._check_alignment(pointers)
+                bound.fill(frame, pointers)
+            except (NotApplicable, LaunchError):
+                bound.frames.append(frame)
+                raise
+        if plan.prepare and not (main and self.prepared):
             self._run(plan.zero_prepare, frame.prepare, frame, bound)
         if main:
             self._run(plan.zero, frame.launches, frame, bound)
