@@ -25,7 +25,7 @@ import torch
 from model_zoo import LARGE, ModelCase, small
 from torch import nn
 
-from torch_llmkernels import registry, settings
+from torch_llmkernels import online, registry, settings
 from torch_llmkernels.backend import resolve
 from torch_llmkernels.capture import Call, capture_graphs
 from torch_llmkernels.precompilation.run import precompile
@@ -164,6 +164,10 @@ def ready(
     entry["swapped"], entry["kept"] = common.swapped_since(mark), common.reasons_since(mark)
     del found
     step = step_of(compiled, module, [call], training)
+    for _ in range(online.MOST_CALLS):  # a graph may be decided by its first calls
+        if not online.undecided():
+            break
+        step()
     entry["peak_memory"] = peak_memory(step, [*module.parameters(), *module.buffers(), *call.args], device)
     return step
 

@@ -1,4 +1,4 @@
-"""`whole_graph="measure"`: the first calls of a graph decide between its swaps and Inductor. The clock is scripted."""
+"""The first calls of a graph decide between its swaps and Inductor, if asked to or where it matters. The clock is scripted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tasks
 import torch
 from records import evaluation
 from swapping import Kernels, record_of, swapping
@@ -16,6 +17,8 @@ import torch_llmkernels
 from torch_llmkernels import backend, graph_decision, online
 from torch_llmkernels.evaluation import Decision
 from torch_llmkernels.graph_decision import Paired
+from torch_llmkernels.options import read_request
+from torch_llmkernels.task import Task
 
 CALLS = 2 * online.WARM_UP + 2 * online.PAIRS
 """After so many calls a clear difference is decided."""
@@ -105,6 +108,33 @@ def test_what_is_not_measured_by_calls(kernels: Kernels, monkeypatch: pytest.Mon
         with graph_decision.forcing(frozenset()):
             compiled(model)(x)
     assert kernels.calls["layer_norm"] == 4
+
+
+def test_by_default_only_short_kernels_that_are_launched_one_by_one_are_measured() -> None:
+    task = tasks.layer_norm_task(3, 64, device="cuda")
+
+    def why_not(mean_ms: float, task: Task = task, mode: str | None = None, **options: str) -> str:
+        found = dataclasses.replace(evaluation(), time_ms=mean_ms)
+        records = [dataclasses.replace(record_of(task), evaluation=found)] * 3
+        return online.why_not([task], records, [], read_request(mode, options))
+
+    assert why_not(online.SHORT_MS / 2) == ""
+    assert why_not(online.SHORT_MS / 2, mode="max-autotune-no-cudagraphs") == ""
+    assert "launching" in why_not(online.SHORT_MS * 2)
+    assert "launching" in why_not(online.SHORT_MS / 2, mode="reduce-overhead")  # a replay launches nothing
+    assert "launching" in why_not(online.SHORT_MS / 2, task=tasks.layer_norm_task(3, 64))
+    assert "not asked for" in why_not(online.SHORT_MS / 2, whole_graph="stored")
+    assert why_not(online.SHORT_MS * 2, whole_graph="measure") == ""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_cuda_graph_that_the_user_records_meanwhile_gets_what_its_replay_is_good_for(
+    monkeypatch: pytest.MonkeyPatch, launched: bool
+) -> None:
+    trial = online.Trial(lambda: "swapped", lambda: "plain", "cpu", lambda paired: None, launched)
+    assert online.undecided()
+    monkeypatch.setattr(online._HostClock, "must_not_run", lambda self: True)
+    assert {trial() for _ in range(4)} == {"swapped" if launched else "plain"}
 
 
 def test_both_variants_see_the_graph_as_dynamo_made_it(kernels: Kernels) -> None:

@@ -235,7 +235,8 @@ def _on_trial(compiled: Any, plain: Any, held: Plan, swaps: SwapPass, request: R
         log.info("graph %s: %s: %.2fx Inductor", report.name, "swaps stay" if outcome.swapped else "Inductor", paired.ratio)
         registry.replace(report, dataclasses.replace(_report_of(held, decisions, outcome), name=report.name))
 
-    trial = online.Trial(compiled, plain, held.tasks[0].device, decided)
+    launched = request.settings.whole_graph == "auto"
+    trial = online.Trial(compiled, plain, held.tasks[0].device, decided, launched)
     return lambda *args: trial(*args)  # torch looks for a function's attributes
 
 

@@ -1,19 +1,23 @@
-"""`options={"whole_graph": "measure"}`: a graph's first calls decide whether its swaps pay in the whole graph.
+"""A graph's first calls decide whether its swaps pay in the whole graph.
 
 `precompile` measures a model offline. This does it with the user's own calls, for an inference graph that nothing is known about:
 the graph is compiled with its swaps and without, and the calls alternate between the two, each call running exactly one of them,
 until they can be told apart. The faster one then runs alone, and the outcome is remembered as `precompile` would remember it.
 
 No call is made twice, so nothing has to be undone, and on CUDA nothing waits for the device before the end of a group of calls.
-The price is a second compilation of every graph that has swaps, which is why this is an option.
+The price is a second compilation. `options={"whole_graph": "measure"}` pays it for every graph that has swaps. By default only
+those graphs pay it whose kernels are short and launched one by one: there the host may be what takes the time, and a swapped call
+costs the host more than a library's (several launches, scratch buffers), which the times of the kernels alone do not show.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,12 +37,18 @@ PAIRS = 12
 """Calls of each variant after which they are compared."""
 LOOKS = 4
 """How often a comparison that is undecided takes as many again; then the swaps do not pay."""
+MOST_CALLS = 2 * (WARM_UP + PAIRS * LOOKS)
+"""Calls after which every graph is decided."""
+SHORT_MS = 0.05
+"""Mean time of a graph's kernels below which launching them may take longer than running them."""
 
 
 def why_not(tasks: Sequence[Task], wanted: Sequence[Record], example_inputs: Sequence[Any], request: Request) -> str:
     """Why the first calls of this graph do not decide about it; empty if they do."""
-    if request.settings.whole_graph != "measure" or request.settings.swap != "fastest":
+    if request.settings.whole_graph == "stored" or request.settings.swap != "fastest":
         return "not asked for"
+    if request.settings.whole_graph == "auto" and not _may_wait_for_the_host(wanted, request):
+        return "launching its kernels is not what takes the time"
     if graph_decision.is_forced():
         return "it is being measured offline"
     known = graph_decision.measured(tasks, request)
@@ -55,6 +65,14 @@ def why_not(tasks: Sequence[Task], wanted: Sequence[Record], example_inputs: Seq
     return ""
 
 
+def _may_wait_for_the_host(wanted: Sequence[Record], request: Request) -> bool:
+    """Whether a graph's kernels are so short, and launched one by one, that the host may be what takes the time."""
+    if wanted[0].task.device != "cuda" or request.inductor_option("triton.cudagraphs"):
+        return False
+    times = [record.evaluation.time_ms for record in wanted]
+    return all(times) and statistics.mean(times) < SHORT_MS
+
+
 class Trial:
     """Two variants of a compiled graph that take turns until one has won; then that one alone.
 
@@ -63,12 +81,21 @@ class Trial:
         plain: Inductor alone.
         device: `cuda` or `cpu`.
         decided: Called once with the comparison, Inductor first.
+        launched: Whether the doubt is about launching the kernels: then a CUDA graph that the user records before the end of the
+            trial gets the swapped variant, because its replay launches nothing; else it gets Inductor.
     """
 
     def __init__(
-        self, swapped: Callable[..., Any], plain: Callable[..., Any], device: str, decided: Callable[[Paired], None]
+        self,
+        swapped: Callable[..., Any],
+        plain: Callable[..., Any],
+        device: str,
+        decided: Callable[[Paired], None],
+        launched: bool = False,
     ) -> None:
         self.variants = (plain, swapped)
+        self._launched = launched
+        _trials.add(self)
         self.winner: Callable[..., Any] | None = None
         self._clock = _CudaClock() if device == "cuda" else _HostClock()
         self._decided = decided
@@ -78,8 +105,10 @@ class Trial:
     def __call__(self, *args: Any) -> Any:
         if self.winner is not None:
             return self.winner(*args)
-        if self._clock.must_not_run() or not self._lock.acquire(blocking=False):
-            return self.variants[0](*args)  # a CUDA graph of the user's is recording, or another thread is timing
+        if self._clock.must_not_run():  # a CUDA graph of the user's is recording
+            return self.variants[self._launched](*args)
+        if not self._lock.acquire(blocking=False):  # another thread is timing
+            return self.variants[0](*args)
         try:
             return self._timed(*args)
         finally:
@@ -106,6 +135,14 @@ class Trial:
                 self.winner = self.variants[paired.second_is_faster]
                 self.variants = (self.winner, self.winner)  # the other one's memory is free
                 self._decided(paired)
+
+
+_trials: weakref.WeakSet[Trial] = weakref.WeakSet()
+
+
+def undecided() -> bool:
+    """Whether a graph of this process is still being decided by its calls; a benchmark calls it until then."""
+    return any(trial.winner is None for trial in _trials)
 
 
 class _HostClock:

@@ -20,7 +20,7 @@ from torch_llmkernels.errors import SettingsError
 
 OnMiss = Literal["fallback", "search", "background", "error"]
 Swap = Literal["fastest", "correct", "none"]
-WholeGraph = Literal["stored", "measure"]
+WholeGraph = Literal["auto", "stored", "measure"]
 Tier = Literal["quick", "full"]
 Preset = Literal["quick", "default", "thorough", "sequential"]
 
@@ -45,7 +45,9 @@ class Settings:
     )
     swap: Swap = knob("fastest", "which kernels are swapped in: those that win, every correct one (for tests), or none")
     whole_graph: WholeGraph = knob(
-        "stored", "whether swaps pay in the whole graph: what precompile measured, or measure an inference graph's first calls"
+        "auto",
+        "whether swaps pay in the whole graph: what precompile measured (stored); or else the first calls of an inference graph "
+        "measure it (measure), or only where its kernels are so short that launching them may be what takes the time (auto)",
     )
     strict: bool = knob(False, "raise where the default is to log a reason and fall back to Inductor")
     verify: Tier = knob("quick", "the check a shipped kernel passes on this device before its first use")
