@@ -161,13 +161,13 @@ def ready(
         found = results(compiled, module, call.args, training)
         entry["compilation_latency"] = time.perf_counter() - begin
     entry["error"] = common.error(found, reference)
-    entry["swapped"], entry["kept"] = common.swapped_since(mark), common.reasons_since(mark)
     del found
     step = step_of(compiled, module, [call], training)
     for _ in range(online.MOST_CALLS):  # a graph may be decided by its first calls
         if not online.undecided():
             break
         step()
+    entry["swapped"], entry["kept"] = common.swapped_since(mark), common.reasons_since(mark)
     entry["peak_memory"] = peak_memory(step, [*module.parameters(), *module.buffers(), *call.args], device)
     return step
 
