@@ -10,6 +10,7 @@ from tasks import contiguous, layer_norm_task, matmul_task, softmax_task
 
 from torch_llmkernels.evaluate.buffers import FINITE_BYTE, GuardedTensor
 from torch_llmkernels.evaluate.inputs import DISTRIBUTIONS, InputGenerator
+from torch_llmkernels.evaluate.roles import _attention_mask
 from torch_llmkernels.task import Node, Numerics, Task, TensorSpec
 
 
@@ -153,3 +154,14 @@ def test_expanded_inputs_are_loaded_once_per_element() -> None:
 def test_integers_of_no_known_role_are_small() -> None:
     task = dataclasses.replace(softmax_task(), inputs=(contiguous("x", "int32", (8, 64)),))
     assert values(task)["x"].min() >= 0 and values(task)["x"].max() < 8
+
+
+def test_masks_of_attention_are_random_causal_and_padded_in_turns_and_hide_no_row() -> None:
+    masks = [_attention_mask([3, 2, 8, 8], torch.bool, torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for visible in masks:
+        causal = [bool((batch == torch.ones(8, 8, dtype=torch.bool).tril()).all()) for batch in visible]
+        padded = [bool((batch == batch[0, 0]).all()) for batch in visible]
+        assert sum(causal) == 1 and sum(padded) == 1 and bool(visible.any(-1).all())
+    assert bool(_attention_mask([8], torch.bool, torch.Generator().manual_seed(0))[0])
+    keys = _attention_mask([6, 1, 1, 64], torch.bool, torch.Generator().manual_seed(0))
+    assert int((keys.sum(-1) == 1).sum()) == 0  # one query: no causal mask, which would leave one key

@@ -59,8 +59,21 @@ def _class_targets(classes: int, ignored: int) -> Role:
 
 
 def _attention_mask(shape: list[int], dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
-    """Boolean, or additive with -Inf; the first key is visible to every query, so that no row is empty."""
+    """Boolean, or additive with -Inf; the first key is visible to every query, so that no row is empty.
+
+    In turns over the first dimension: hidden at random, causal, padded at the end. A kernel that skips what is hidden altogether
+    is so held to being right, and is paid for it as it would be in a model.
+    """
     visible = torch.rand(shape, generator=g, device=g.device) < 0.75
+    rows = shape[-2] if len(shape) > 1 else 1
+    queries, keys = torch.arange(rows, device=g.device).unsqueeze(-1), torch.arange(shape[-1], device=g.device)
+    first = int(torch.randint(3, (), generator=g, device=g.device))
+    batches = visible if len(shape) > 2 else visible.unsqueeze(0)
+    for batch in range(len(batches)):
+        if (batch + first) % 3 == 1 and rows > 1:
+            batches[batch] = keys <= queries
+        elif (batch + first) % 3 == 2:
+            batches[batch] = keys < torch.randint(1, max(shape[-1], 2), (), generator=g, device=g.device)
     visible[..., 0] = True
     if dtype is torch.bool:
         return visible
