@@ -56,7 +56,7 @@ class Settings:
     min_speedup: float = knob(1.03, "a kernel is swapped in only if the best baseline's time over its own is at least this")
     fuel: int = knob(-1, "swap at most this many regions of a process (-1: no limit); to bisect a wrong result")
     specialize: bool = knob(False, "compile dynamic shapes as static ones for kernels that need it (adds guards)")
-    max_regions: int = knob(256, "regions of one graph that are looked up; the rest stay with Inductor")
+    max_regions: int = knob(2048, "regions of one graph that are looked up; the rest stay with Inductor")
     preset: Preset = knob("default", "the search preset")
     provider: str = knob("", "the language model: 'openai', 'replay:JOURNAL' or 'exchange:FOLDER'")
     model: str = knob("", "model names for the openai provider, comma separated, each optionally 'name=weight'")
