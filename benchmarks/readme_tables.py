@@ -94,11 +94,13 @@ def models(result: Result) -> str:
         wrong = [m for m in entry if entry[m].get("accurate") is False]
         verdict = "fail: " + ", ".join(wrong) if wrong else "pass"
         name = f"{row['model']} b{row['batch']} {row['precision']} {row['phase']}"
-        rows.append([name, *latencies, *gains, row["swaps"], *seconds, row["verify_s"].get("ours"), verdict])
+        peaks = [entry.get(m, {}).get("peak_memory") for m in ("inductor", "ours")]
+        memory = [peak and round(peak / 2**20) for peak in peaks]
+        rows.append([name, *latencies, *gains, row["swaps"], *seconds, row["verify_s"].get("ours"), *memory, verdict])
     columns = [
         "model", "eager ms", *(f"{who}{mode} ms" for mode in modes for who in ("Inductor", "ours")),
         "gain", "gain, reduce-overhead", "gain, max-autotune",
-        "swaps", "Inductor compile s", "our compile s", "of it verifying", "accuracy",
+        "swaps", "Inductor compile s", "our compile s", "of it verifying", "Inductor peak MiB", "our peak MiB", "accuracy",
     ]  # fmt: skip
     shown = [i for i, _ in enumerate(columns) if any(row[i] is not None for row in rows)]  # not every run has every mode
     table = markdown([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
