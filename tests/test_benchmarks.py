@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import xml.dom.minidom
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,12 @@ import torch
 from problems import PROBLEMS, Problem
 from rich.console import Console
 from torch import nn
+
+from torch_llmkernels.errors import NotApplicable
+from torch_llmkernels.evaluation import Record
+from torch_llmkernels.graph.op import bind, encode_spec
+from torch_llmkernels.kernels.device import facts_for_arch
+from torch_llmkernels.kernels.source import parse_kernel
 
 
 def arguments(tmp_path: Path, **changes: Any) -> argparse.Namespace:
@@ -219,6 +227,96 @@ def test_overhead_of_calls_runs_the_kernel(tmp_path: Path, capsys) -> None:
     overhead.main(["--device", "cpu", "--quick", "--skip-compile", "--out", str(tmp_path / "overhead.json")])
     rows = {row["what"]: row["median"] for row in json.loads((tmp_path / "overhead.json").read_text())["rows"]}
     assert rows["swapped region in generated code"] > 0 and rows["eager a.add_(b)"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_overhead_has_its_rows_of_a_gpu(tmp_path: Path) -> None:
+    overhead.main(["--device", "cuda", "--quick", "--skip-compile", "--out", str(tmp_path / "overhead.json")])
+    rows = {row["what"]: row["median"] for row in json.loads((tmp_path / "overhead.json").read_text())["rows"]}
+    graphs = [median for name, median in rows.items() if "CUDA graph" in name]
+    assert len(graphs) == 4 and min(graphs) > 0
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert sum("linear" in name for name in rows) == 4
+
+
+def test_overhead_in_cuda_graphs_is_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    monkeypatch.setattr(overhead, "captured", lambda subject: SimpleNamespace(replay=lambda: (subject(), held.append(1))))
+    monkeypatch.setattr(overhead, "device_us", lambda replay, replays: 40.0)
+    rows = {row["what"]: row for row in overhead.graph_rows("cpu", 100)}
+    assert [row["median"] for name, row in rows.items() if name.endswith(": device")] == [2.0, 2.0]
+    assert sum(name.endswith(": host") for name in rows) == 2 and len(held) == 2 * 11 * 5
+
+
+LINEAR = """/*---
+implements = "linear"
+target = "cpu"
+dtypes = ["float32"]
+dims = { m = "x.shape[0]", n = "weight.shape[1]", k = "x.shape[1]" }
+align = 1
+[[workspace]]
+name = "sums"
+dtype = "float64"
+shape = ["m", "n"]
+[[launch]]
+kernel = "linear"
+args = ["x", "weight", "bias", "sums", "y", "m", "n", "k"]
+---*/
+extern "C" void linear(const T* x, const T* weight, const T* bias, double* sums, T* y, int64_t m, int64_t n, int64_t k) {
+    for (int64_t i = 0; i < m * n; ++i) {
+        sums[i] = bias[i % n];
+        for (int64_t j = 0; j < k; ++j) sums[i] += double(x[i / n * k + j]) * weight[i % n * k + j];
+        y[i] = sums[i];
+    }
+}
+"""
+
+
+@pytest.fixture
+def small_linear(monkeypatch: pytest.MonkeyPatch) -> Record:
+    """A record of the benchmark's linear, much smaller, by a kernel for the CPU with a workspace."""
+    for name, size in (("ROWS", 3), ("WIDTH", 8), ("LAYERS", 5)):
+        monkeypatch.setattr(overhead, name, size)
+    return overhead.made_up(overhead.linear_task("cpu"), "linear", LINEAR, {}, "cpu")
+
+
+def test_generated_calls_chain_layers_with_workspaces(small_linear: Record) -> None:
+    spec = encode_spec(small_linear)
+    x, weights, biases = torch.randn(3, 8), torch.randn(5, 8, 8) / 3, torch.randn(5, 8)
+    arguments, given = [x, *(t for pair in zip(weights, biases, strict=True) for t in pair)], x.clone()
+    found = overhead.generated(bind(spec), spec, "cpu", 5)(arguments)
+    for weight, bias in zip(weights, biases, strict=True):
+        x = nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(found, x)
+    torch.testing.assert_close(arguments[0], given)  # an input is no buffer to write into
+
+
+def test_overhead_of_a_linear_is_measured_alone_and_in_turns(small_linear: Record) -> None:
+    rows = overhead.linear_rows(small_linear, "cpu", 50)
+    assert [row["what"] for row in rows] == [
+        "eager linear", "swapped linear in generated code",
+        "eager linear, 5 weights in turns", "swapped linear in generated code, 5 weights in turns",
+    ]  # fmt: skip
+    assert all(row["median"] > 0 and row["kernel"] == "linear" for row in rows)
+
+
+def test_a_linear_that_would_run_its_reference_is_not_measured(small_linear: Record) -> None:
+    broken = dataclasses.replace(small_linear, kernel_text=LINEAR.replace("double(x", "undeclared(x"))
+    with pytest.raises(NotApplicable, match="undeclared"):
+        overhead.linear_rows(broken, "cpu", 50)
+    wrong = dataclasses.replace(small_linear, kernel_text=LINEAR.replace("= bias[i % n]", "= 0"))
+    with pytest.raises(SystemExit, match="linear is wrong"):
+        overhead.linear_rows(wrong, "cpu", 50)
+
+
+def test_the_linear_of_the_overhead_is_a_shipped_kernel_with_workspaces_and_tensor_maps() -> None:
+    task = dataclasses.replace(overhead.linear_task("cpu"), device="cuda")
+    record = overhead.shipped_record(task, facts_for_arch("sm_90a"))
+    kernel = parse_kernel(record.kernel_text, record.kernel_name)
+    assert len(kernel.launch) > 1 and kernel.workspace and kernel.tensor_map and not kernel.prepared(task)
+    with pytest.raises(NotApplicable, match="no kernel of linear for cpu"):
+        overhead.shipped_record(overhead.linear_task("cpu"), facts_for_arch("sm_90a"))
 
 
 def test_a_plot_is_an_svg_that_names_every_bar() -> None:
