@@ -1,8 +1,9 @@
 """The README's tables, generated from the committed results, and a plot beside each.
 
 The table of the shipped kernels, between `<!-- begin:kernels -->` and `<!-- end:kernels -->`, comes from the library's records.
-Every other table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `rows`, `models`, `kernelbench`);
-it holds one section per device kind that has a result file under `benchmarks/results/`, and is empty while there is none.
+Every other table stands between `<!-- begin:operators -->` and `<!-- end:operators -->` (and `rows`, `models`, `kernelbench`,
+`overhead`); it holds one section per device kind that has a result file under `benchmarks/results/`, and is empty while there
+is none.
 
     python benchmarks/readme_tables.py            write README.md and the plots
     python benchmarks/readme_tables.py --check    exit with 1 if they do not agree with the results
@@ -181,7 +182,19 @@ def kernel_sections(library: Path) -> str:
     return "\n\n".join(sections) or "Not measured yet."
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"operators": operators, "rows": rows, "models": models, "kernelbench": kernelbench}
+def overhead(result: Result) -> str:
+    """What one call costs the host, and one compilation the processor."""
+    lines = [
+        [row["what"], f"{row['median']:.3g} {row['unit']}", f"{min(row['samples']):.3g} to {max(row['samples']):.3g}",
+         _times(row.get("ratio"))]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return markdown(["what", "median", "samples", "of Inductor's"], lines)
+
+
+TABLES: dict[str, Callable[[Result], str]] = {
+    "operators": operators, "rows": rows, "models": models, "kernelbench": kernelbench, "overhead": overhead,
+}  # fmt: skip
 
 
 HEADS = {
@@ -200,6 +213,9 @@ HEADS = {
     "fast_p is the share of the problems that is correct and more than p times as fast. Where nothing was swapped the code is "
     "Inductor's own and the ratio is noise around 1: read fast_1 accordingly, and the means of the swapped problems for what "
     "the kernels gain.",
+    "overhead": "### What it costs\nThe host's time for one call, beside eager's (the region adds 256 numbers, so launching it "
+    "is all there is; the linear is float32, 128 rows, 768 wide, with the allocations that generated code makes), and the "
+    "processor seconds of a cold and of a cached compilation, beside Inductor's.",
 }
 """What stands above a table, once there are results for it."""
 
