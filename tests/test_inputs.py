@@ -162,6 +162,8 @@ def test_masks_of_attention_are_random_causal_and_padded_in_turns_and_hide_no_ro
         causal = [bool((batch == torch.ones(8, 8, dtype=torch.bool).tril()).all()) for batch in visible]
         padded = [bool((batch == batch[0, 0]).all()) for batch in visible]
         assert sum(causal) == 1 and sum(padded) == 1 and bool(visible.any(-1).all())
+    seen = _attention_mask([3, 2, 8, 8], torch.float32, torch.Generator().manual_seed(7))
+    assert sorted(len(batch[batch.isfinite()].unique()) > 1 for batch in seen) == [False, False, True]
     assert bool(_attention_mask([8], torch.bool, torch.Generator().manual_seed(0))[0])
     keys = _attention_mask([6, 1, 1, 64], torch.bool, torch.Generator().manual_seed(0))
     assert int((keys.sum(-1) == 1).sum()) == 0  # one query: no causal mask, which would leave one key

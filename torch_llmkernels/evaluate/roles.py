@@ -61,23 +61,25 @@ def _class_targets(classes: int, ignored: int) -> Role:
 def _attention_mask(shape: list[int], dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
     """Boolean, or additive with -Inf; the first key is visible to every query, so that no row is empty.
 
-    In turns over the first dimension: hidden at random, causal, padded at the end. A kernel that skips what is hidden altogether
-    is so held to being right, and is paid for it as it would be in a model.
+    In turns over the first dimension: any numbers and hidden at random, causal, padded at the end (these two 0 where visible, as
+    a model's). A kernel that skips what is hidden altogether is so held to being right, and is paid for it as it would be there.
     """
     visible = torch.rand(shape, generator=g, device=g.device) < 0.75
     rows = shape[-2] if len(shape) > 1 else 1
     queries, keys = torch.arange(rows, device=g.device).unsqueeze(-1), torch.arange(shape[-1], device=g.device)
     first = int(torch.randint(3, (), generator=g, device=g.device))
-    batches = visible if len(shape) > 2 else visible.unsqueeze(0)
-    for batch in range(len(batches)):
-        if (batch + first) % 3 == 1 and rows > 1:
-            batches[batch] = keys <= queries
-        elif (batch + first) % 3 == 2:
-            batches[batch] = keys < torch.randint(1, max(shape[-1], 2), (), generator=g, device=g.device)
+    values = torch.randn(shape, generator=g, device=g.device)
+    one = len(shape) < 3
+    for batch, shown in enumerate([visible] if one else visible):
+        kind = (batch + first) % 3
+        if kind == 1 and rows > 1:
+            shown.copy_(keys <= queries)
+        elif kind == 2:
+            shown.copy_(keys < torch.randint(1, max(shape[-1], 2), (), generator=g, device=g.device))
+        if kind == 2 or (kind == 1 and rows > 1):
+            (values if one else values[batch]).zero_()
     visible[..., 0] = True
-    if dtype is torch.bool:
-        return visible
-    return torch.randn(shape, generator=g, device=g.device).masked_fill_(~visible, float("-inf"))
+    return visible if dtype is torch.bool else values.masked_fill_(~visible, float("-inf"))
 
 
 def _padding_mask(shape: list[int], dtype: torch.dtype, g: torch.Generator) -> torch.Tensor:
