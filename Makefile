@@ -57,15 +57,18 @@ demo: $(STAMP)
 demo-search: $(STAMP)
 	$(PY) benchmarks/demo_search.py
 
-# The wheel in a virtual environment of its own. A path file lends it this one's torch, but not its editable install.
+# The wheel in a virtual environment of its own, with the dependencies that it declares, from the index. Only torch, which is
+# large, is this one's, and what torch itself requires: a path file lends them, so pip sees them as installed.
+WHEEL_PY := build/wheel-test/venv/bin/python
 wheel-test: $(STAMP)
 	rm -rf build/wheel-test
 	mkdir -p build/wheel-test/empty
 	$(PY) -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir build/wheel-test .
 	$(PY) -m venv --without-pip build/wheel-test/venv
-	$(PY) -m pip --disable-pip-version-check --python build/wheel-test/venv/bin/python install --quiet --no-deps build/wheel-test/*.whl
-	lent=`$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`; \
-	  echo "$$lent" > `build/wheel-test/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/lent.pth
+	$(PY) tests/wheel.py lend build/wheel-test/lent
+	echo $(CURDIR)/build/wheel-test/lent > `$(WHEEL_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/lent.pth
+	$(PY) -m pip --disable-pip-version-check --python $(WHEEL_PY) install --quiet build/wheel-test/*.whl
+	$(PY) -m pip --disable-pip-version-check --python $(WHEEL_PY) check
 	cd build/wheel-test/empty && $(TEST_ENV) ../venv/bin/python -I $(CURDIR)/tests/wheel.py
 
 docs: $(STAMP)

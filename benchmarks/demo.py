@@ -145,15 +145,18 @@ def region_row(region: RegionReport) -> list[str]:
     return [*row, f"{worst.frobenius:.1e}", f"{worst.frobenius_yardstick:.1e}", *shown, region.reason]
 
 
-def training_table(nets: dict[str, nn.Module], losses: dict[str, list[float]], data: tuple) -> Table:
+def accuracies(nets: dict[str, nn.Module], data: tuple) -> dict[str, float]:
+    """The share of the test images that each backend's net, run eagerly, gets right."""
+    with torch.no_grad():
+        return {backend: (net(data[2]).argmax(1) == data[3]).float().mean().item() for backend, net in nets.items()}
+
+
+def training_table(losses: dict[str, list[float]], accuracy: dict[str, float]) -> Table:
     """Loss of each epoch and accuracy on the test images for each backend, and how far they are apart."""
     table = Table(title="Training on digits: the same seed, the same batches", title_justify="left")
     for column in ("backend", *(f"loss, epoch {i + 1}" for i in range(len(losses["eager"]))), "test accuracy"):
         table.add_column(column)
-    accuracy = {}
-    for backend, net in nets.items():
-        with torch.no_grad():
-            accuracy[backend] = (net(data[2]).argmax(1) == data[3]).float().mean().item()
+    for backend in losses:
         table.add_row(backend, *(f"{loss:.6f}" for loss in losses[backend]), f"{accuracy[backend]:.2%}")
     apart = [f"{abs(a - b):.1e}" for a, b in zip(losses["eager"], losses["llmkernels"], strict=True)]
     table.add_row("|difference|", *apart, f"{abs(accuracy['eager'] - accuracy['llmkernels']):.2%}")
@@ -191,7 +194,7 @@ def main() -> None:
         times = {name: interleaved_ms(calls) for name, calls in contenders.items()}
 
     console.print(regions_table())
-    console.print(training_table(nets, losses, data))
+    console.print(training_table(losses, accuracies(nets, data)))
     table = Table(title="Inference, end to end", title_justify="left")
     for column in ("model", "eager ms", "Inductor ms", "llmkernels ms", "vs eager", "vs Inductor", "max |difference|"):
         table.add_column(column)

@@ -26,6 +26,7 @@ from tasks import softmax_task
 from torch import nn
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.graph import GraphLowering
 from torch.utils.checkpoint import checkpoint
 
 import torch_llmkernels
@@ -257,12 +258,23 @@ def test_the_config_of_inductor_is_left_alone(kernels: Kernels) -> None:
     assert config.get_config_copy() == before
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_modes_run_swapped(kernels: Kernels, mode: str) -> None:
-    model, x = NormSoftmax(), torch.randn(4, 16)
-    with torch.no_grad():
+    """And Inductor lowers the swapped graph under the mode's config, nothing of which is the default."""
+    model, x, seen = NormSoftmax(), torch.randn(4, 16), []
+    run = GraphLowering.run
+
+    def recording(graph: GraphLowering, *args: Any) -> Any:
+        seen.append(config.get_config_copy())
+        return run(graph, *args)
+
+    with torch.no_grad(), mock.patch.object(GraphLowering, "run", recording):
         torch.testing.assert_close(compiled(model, mode=mode)(x), model(x))
-    assert kernels.calls["softmax"] == 1
+    assert kernels.calls == {"layer_norm": 1, "softmax": 1}
+    asked, default = torch._inductor.list_mode_options()[mode], config.get_config_copy()
+    assert [{name: at_work[name] for name in asked} for at_work in seen] == [asked]
+    assert all(default[name] != value for name, value in asked.items())
+    assert asked.get("max_autotune", False) == mode.startswith("max-autotune")
 
 
 def test_freezing_runs_swapped(kernels: Kernels) -> None:

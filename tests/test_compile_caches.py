@@ -17,14 +17,16 @@ TESTS = Path(__file__).resolve().parent
 
 
 class Model(nn.Module):
-    """Layer norm and softmax over [rows, width]; not in a function, where `caching_precompile` could not name it."""
+    """Equal layer norms and softmax over [rows, width]; not in a function, where `caching_precompile` could not name it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norms: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.norms = nn.LayerNorm(width), norms
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(self.norm(x), -1)
+        for _ in range(self.norms):
+            x = self.norm(x)
+        return torch.softmax(x, -1)
 
 
 def compile_and_train(scenario: str) -> dict[str, Any]:
@@ -32,24 +34,29 @@ def compile_and_train(scenario: str) -> dict[str, Any]:
 
     Args:
         scenario: `inductor`, or which kernels the library has: `all`, `none`, or `other` (another source for each), or
-            `precompiled`: all, with Dynamo's own cache on. `@24` after it makes another model, of that width.
+            `precompiled`: all, with Dynamo's own cache on. `@24` after it makes another model, of that width, `@24x2` one with
+            two norms, and `:fuel=1` sets a knob.
     """
     import swapping
     from torch._dynamo.utils import counters
 
     import torch_llmkernels
-    from torch_llmkernels import backend
+    from torch_llmkernels import backend, plan
     from torch_llmkernels.evaluation import Decision
     from torch_llmkernels.graph import op
 
+    scenario, _, knob = scenario.partition(":")
     scenario, _, at = scenario.partition("@")
-    width = int(at or 16)
+    width, _, norms = at.partition("x")
+    options = dict([knob.split("=")]) if knob else None
 
     def other(tasks, settings):
         return [Decision(swapping.record_of(task, "another source"), "swapped: it is a test") for task in tasks]
 
     kernels = swapping.Kernels()
     op.build_launcher = kernels.build
+    op._slots.clear()  # they are those of the scenario before, and so is what it spent
+    plan._fuel_used = 0
     decisions = {"all": swapping.swap_all, "none": swapping.swap_none, "other": other, "precompiled": swapping.swap_all}
     backend.resolve = decisions.get(scenario)
     torch._dynamo.config.caching_precompile = scenario == "precompiled"
@@ -59,8 +66,8 @@ def compile_and_train(scenario: str) -> dict[str, Any]:
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    model, x = Model(width), torch.randn(4, width, requires_grad=True)
-    y = torch.compile(model, backend="inductor" if scenario == "inductor" else backend.llmkernels)(x)
+    model, x = Model(int(width or 16), int(norms or 1)), torch.randn(4, int(width or 16), requires_grad=True)
+    y = torch.compile(model, backend="inductor" if scenario == "inductor" else backend.llmkernels, options=options)(x)
     y.square().sum().backward()
     expected = model(x.detach())
     assert torch.allclose(y, expected, atol=1e-6)
@@ -96,23 +103,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> tuple[dict[str, Any], str]:
-    """A cold process in which every region has a kernel."""
-    (result,), log = in_a_process(folder, "all")
-    return result, log
+def first(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """A cold process in which every region has a kernel; the second model may have the first of them only."""
+    return in_a_process(folder, "all", "all@48x2:max_regions=1")
 
 
-def test_a_cold_process_swaps_and_stores(first: tuple[dict[str, Any], str]) -> None:
-    result, _ = first
+def test_a_cold_process_swaps_and_stores(first: tuple[list[dict[str, Any]], str]) -> None:
+    (result, _), _ = first
     assert result["calls"] == 4 and result["traces"] == 1 and result["aot_hits"] == 0 and result["bypassed"] == 0
 
 
-def test_torch_logs_shows_every_region(first: tuple[dict[str, Any], str]) -> None:
+def test_torch_logs_shows_every_region(first: tuple[list[dict[str, Any]], str]) -> None:
     """`TORCH_LOGS=+torch_llmkernels` works without importing the package first."""
     assert "region layer_norm_backward [" in first[1] and "swapped: it is a test" in first[1]
 
 
-def test_the_structured_trace_holds_the_regions(folder: Path, first: tuple[dict[str, Any], str]) -> None:
+def test_the_structured_trace_holds_the_regions(folder: Path, first: tuple[list[dict[str, Any]], str]) -> None:
     """What tlparse shows for each graph."""
     (log,) = (folder / "trace").iterdir()
     text = log.read_text()
@@ -121,8 +127,12 @@ def test_the_structured_trace_holds_the_regions(folder: Path, first: tuple[dict[
 
 @pytest.fixture(scope="module")
 def second(folder: Path, first: Any) -> list[dict[str, Any]]:
-    """A warm process: the same again, then another library, plain Inductor, an empty library, and a model new to all of them."""
-    return in_a_process(folder, "all", "other", "inductor", "none", "none@24", "precompiled@32")[0]
+    """A warm process: the same again, then another library, plain Inductor, an empty library, and a model new to all of them.
+
+    At the end the model with one swap again, then with other knobs.
+    """
+    knobs = [f"all@48x2:{knob}" for knob in ("max_regions=1", "max_regions=2", "swap=none", "fuel=1")]
+    return in_a_process(folder, "all", "other", "inductor", "none", "none@24", "precompiled@32", *knobs)[0]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +150,23 @@ def test_a_warm_process_hits_with_the_swaps_alive(second: list[dict[str, Any]]) 
 def test_another_kernel_misses(second: list[dict[str, Any]]) -> None:
     other = second[1]
     assert other["aot_hits"] == 0 and other["aot_misses"] == 1 and other["calls"] == 4
+
+
+def test_another_knob_misses_and_the_same_one_hits(first: Any, second: list[dict[str, Any]]) -> None:
+    """Both norms are one task, so the kernels that were chosen do not tell `max_regions` 1 from 2."""
+    (_, cold), _ = first
+    same, two, none = second[6:9]
+    assert cold["calls"] == same["calls"] == 1 and cold["aot_hits"] == 0
+    assert same["aot_hits"] == 1 and same["aot_misses"] == same["traces"] == 0
+    for other, calls in ((two, 2), (none, 0)):
+        assert other["calls"] == calls and other["aot_hits"] == other["fx_hits"] == other["bypassed"] == 0
+        assert other["aot_misses"] - other["traces"] == 1  # a trace that looks for regions misses too
+
+
+def test_with_fuel_nothing_is_cached(second: list[dict[str, Any]]) -> None:
+    """What it leaves to be swapped depends on the graphs before."""
+    fuelled = second[9]
+    assert fuelled["calls"] == 1 and fuelled["bypassed"] > 0 and fuelled["aot_hits"] == fuelled["fx_hits"] == 0
 
 
 def test_inductor_never_loads_what_we_stored(second: list[dict[str, Any]]) -> None:

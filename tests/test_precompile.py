@@ -531,6 +531,22 @@ def test_a_second_process_starts_warm(script: Evaluations, monkeypatch) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs_compiler
+def test_a_second_process_starts_warm_from_an_imported_bundle(script: Evaluations, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The import verifies and builds in another store, beside a library that has no such kernel; then nothing is left to do."""
+    torch.manual_seed(0)
+    precompile(nn.LayerNorm(32), (torch.randn(4, 32),), export=tmp_path / "model.llmk")
+    script.asked.clear()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("LLMKERNELS_LIBRARY_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(run, "build_all", BUILD_ALL)
+    assert main(["cache", "import", str(tmp_path / "model.llmk")]) == 0
+    assert len(script.asked) == 1 and "swapped: layer_norm runs at 2.00x" in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-c", SECOND_PROCESS], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 BUILD_ALL = run.build_all
 
 FACTORY = """

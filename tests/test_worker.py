@@ -74,13 +74,51 @@ def test_a_job_may_have_less_time_than_others(monkeypatch: pytest.MonkeyPatch) -
     assert outcome.status is Status.TIMEOUT and "killed after 0 s (what was left of the budget)" in outcome.detail
 
 
-def test_an_answer_that_is_no_message_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    impostor = tmp_path / "python"
-    impostor.write_text(f"#!{sys.executable}\nimport os, sys\nos.write(int(sys.argv[4]), b'nonsense\\n')\nsys.stdin.read()\n")
+def _impostor(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
+    """Children run this body instead; `GET` and `PUT` are their pipes."""
+    impostor = folder / "python"
+    impostor.write_text(f"#!{sys.executable}\nimport os, sys, time\nGET, PUT = int(sys.argv[3]), int(sys.argv[4])\n{body}\n")
     impostor.chmod(0o755)
     monkeypatch.setattr(worker.sys, "executable", str(impostor))
+
+
+@pytest.mark.parametrize("afterwards", ["os.read(GET, 1); time.sleep(99)", ""], ids=["stays", "exits"])
+def test_an_answer_that_is_no_message_is_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, afterwards: str) -> None:
+    _impostor(monkeypatch, tmp_path, f"os.write(PUT, b'nonsense\\n')\n{afterwards}")
     outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
     assert outcome.status is Status.CRASHED and "no message" in outcome.detail
+
+
+@pytest.mark.parametrize("words, expected", [("nonsense", "no message"), ('{"stage": "leaving"}', "exited with code 3")])
+def test_what_a_child_wrote_counts_though_it_takes_no_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: str, expected: str
+) -> None:
+    """Its exit may be seen first, as a broken pipe when the parent sends: here it always is."""
+    _impostor(monkeypatch, tmp_path, f"os.write(PUT, b'{words}\\n')\nsys.exit(3)")
+    send = worker._Child._send
+
+    def late(self: worker._Child, message: dict[str, object]) -> None:
+        self._process.wait()
+        send(self, message)
+
+    monkeypatch.setattr(worker._Child, "_send", late)
+    outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
+    assert outcome.status is Status.CRASHED and expected in outcome.detail
+
+
+def test_a_child_that_only_stops_listening_is_dead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has not ended, and its end is not waited for as long as a start would be."""
+    monkeypatch.setattr(worker, "LAST_WORDS_S", 0.2)
+    _impostor(monkeypatch, tmp_path, 'os.close(GET)\nos.write(PUT, b\'{"stage": "deaf"}\\n\')\ntime.sleep(99)')
+    send = worker._Child._send
+
+    def late(self: worker._Child, message: dict[str, object]) -> None:
+        self._poll.poll()  # it has written, so its end of the pipe is closed
+        send(self, message)
+
+    monkeypatch.setattr(worker._Child, "_send", late)
+    outcome = Worker(Settings()).evaluate(Job(softmax_task(), KERNEL))
+    assert outcome.status is Status.CRASHED and "closed its pipe" in outcome.detail
 
 
 @needs_compiler

@@ -10,6 +10,8 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import unified_diff
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -25,6 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_llmkernels import backend, plan, registry
 from torch_llmkernels.evaluation import Decision
+from torch_llmkernels.kernels.targets import target_for
+from torch_llmkernels.resolve import resolve
 
 
 class Generated(Exception):
@@ -80,7 +84,7 @@ def extern_calls(code: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_to_swap(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def nothing_to_swap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An empty library and store: every region is looked up, none is found."""
     monkeypatch.setattr(backend, "resolve", lambda tasks, settings: [Decision(None, "kept Inductor: no kernel")] * len(tasks))
     monkeypatch.setenv("LLMKERNELS_CACHE_DIR", str(tmp_path))
@@ -110,6 +114,28 @@ SUBSET = [
 @pytest.mark.parametrize(("model", "training", "dynamic", "autocast"), SUBSET)
 def test_generated_code_is_that_of_inductor(model: str, training: bool, dynamic: bool, autocast: bool) -> None:
     check(model, training, dynamic, autocast)
+
+
+@pytest.mark.skipif(bool(target_for("cpu").unavailable()), reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("model", "training", "dynamic", "autocast"),
+    [("gpt", True, False, False), ("digits", True, True, False), ("lstm", False, True, True), ("encoder", False, False, False)],
+)
+def test_an_empty_library_and_store_change_no_line(
+    model: str, training: bool, dynamic: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a user has it whose kernels serve nothing: every region is really looked up."""
+    monkeypatch.setattr(backend, "resolve", resolve)
+    for name in ("library", "cache"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"LLMKERNELS_{name.upper()}_DIR", str(tmp_path / name))
+    theirs = generate("inductor", model, training, dynamic, autocast)
+    ours = generate(backend.llmkernels, model, training, dynamic, autocast)
+    looked_up = [region.reason for region in registry.report()[-1].regions if region.key]
+    assert looked_up and all("no kernel implements" in reason for reason in looked_up), looked_up
+    assert len(theirs) == len(ours) == 1 + training
+    for before, after in zip(theirs, ours, strict=True):
+        assert list(unified_diff(*(re.sub(r"# AOT ID: .*", "", code).splitlines() for code in (before, after)), n=0)) == []
 
 
 class MathAttention(nn.Module):

@@ -41,6 +41,8 @@ ORPHAN_GRACE_S = 30.0
 """Seconds after a job's limit at which a child whose parent is gone ends itself."""
 IDLE_S = 60.0
 """Seconds without a job after which a child ends: it holds memory, of the device too. The next job starts another."""
+LAST_WORDS_S = 10.0
+"""Seconds that a child which takes no more jobs has to end its answers and itself."""
 LARGEST_FILE = 4 << 30
 LOG_TAIL = 600
 _FROM_OUTSIDE = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
@@ -225,7 +227,19 @@ class _Child:
             while data:
                 data = data[os.write(self._to, data) :]
         except BrokenPipeError:
-            raise self._died() from None
+            raise self._last_words() from None
+
+    def _last_words(self) -> WorkerDied:
+        """Why a child that does not listen ended: what it had written until then explains more than how it exited."""
+        deadline = time.monotonic() + LAST_WORDS_S
+        try:
+            while time.monotonic() < deadline:
+                self._line(deadline)
+        except WorkerDied as error:
+            return error
+        except WorkerTimeout:
+            pass
+        return self._died()
 
     def _receive(self, deadline: float, identity: str) -> Any:
         """The body of the message with this identity; stages on the way are noted."""
@@ -256,7 +270,7 @@ class _Child:
 
     def _died(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
+            self._process.wait(LAST_WORDS_S)
         code = self._process.returncode
         how = (
             "closed its pipe" if code is None else f"exited with code {code}" if code >= 0 else f"was killed by {_signal(-code)}"
