@@ -16,11 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from torch_llmkernels import registry
+from torch_llmkernels.backend import llmkernels
 from torch_llmkernels.cache.library import Library
+from torch_llmkernels.capture import Call
+from torch_llmkernels.capture import capture as capture_tasks
+from torch_llmkernels.cli.explain import explain
 from torch_llmkernels.graph.regions import Region, find_regions, has_anchor
 from torch_llmkernels.graph.task_of import task_of
 from torch_llmkernels.passes import served_by
 from torch_llmkernels.program import module_of
+from torch_llmkernels.settings import Settings
 
 
 def regions(gm: fx.GraphModule, **kwargs: Any) -> list[Region]:
@@ -39,6 +45,11 @@ args = ["x", "weight", "bias", "y"]
 ---*/
 extern "C" void conv(const T* x, const T* weight, const T* bias, T* y) {{}}
 """
+
+
+def add_kernel_of_conv(library: Path, signature: str, where: str) -> None:
+    (library / signature).mkdir(parents=True)
+    (library / signature / "one.cpp").write_text(KERNEL_OF_CONV.format(signature=signature, where=where))
 
 
 def signatures(gm: fx.GraphModule, **kwargs: Any) -> list[str]:
@@ -83,6 +94,51 @@ def test_a_residual_before_a_norm_is_absorbed_and_read_by_others() -> None:
     assert roles(region) == (["x", "residual", "weight", "bias"], ["y", "add_out"])
 
 
+NORMS = {
+    "layer_norm": (nn.LayerNorm(8), ["weight", "bias"]), "group_norm": (nn.GroupNorm(2, 4), ["weight", "bias"]),
+    "rms_norm": (nn.RMSNorm(8), ["weight"]),
+    "batch_norm": (nn.BatchNorm2d(4).eval(), ["bn_weight", "bn_bias", "bn_mean", "bn_var"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_residual_after_a_norm_is_absorbed_before_its_activation_or_after(name: str) -> None:
+    norm, vectors = NORMS[name]
+    x, r, s = torch.randn(3, 2, 4, 6, 8).unbind()
+    state = {k.removeprefix("bn_"): v for k, v in {**dict(norm.named_parameters()), **dict(norm.named_buffers())}.items()}
+    vectors_given = [state[v.removeprefix("bn_").replace("mean", "running_mean").replace("var", "running_var")] for v in vectors]
+    spellings = {
+        f"{name}.add.silu": lambda x, r, s: F.silu(r + norm(x)),
+        f"{name}.silu.add": lambda x, r, s: F.silu(norm(x)) + r,
+        f"add.{name}.add.silu": lambda x, r, s: F.silu(norm(x + s) + r),
+    }
+    for signature, call in spellings.items():
+        region = only(capture(call, x, r, s))
+        before = ["residual"] if signature.startswith("add") else []
+        assert region.signature == signature
+        assert roles(region) == (["x", *before, *vectors, "skip"], ["y"])
+        task = task_of(region).task
+        given = [x, *([s] if before else []), *vectors_given, r]
+        shown = [value.reshape(spec.shape) for value, spec in zip(given, task.inputs, strict=True)]
+        torch.testing.assert_close(module_of(task)(*shown)[0].reshape(x.shape), call(x, r, s))
+
+
+def test_a_norm_that_is_added_to_its_own_input_reads_it_once() -> None:
+    """What is added is the sum that the region makes itself, or its first input."""
+    norm, x, r = nn.LayerNorm(8), torch.randn(4, 8), torch.randn(4, 8)
+
+    def block(x: Tensor, r: Tensor) -> Tensor:
+        h = x + r
+        return norm(h) + h
+
+    region = only(capture(block, x, r))
+    assert region.signature == "add.layer_norm.add" and roles(region) == (["x", "residual", "weight", "bias"], ["y"])
+    torch.testing.assert_close(module_of(task_of(region).task)(x, r, norm.weight, norm.bias)[0], block(x, r))
+    region = only(capture(lambda x: norm(x) + x, x))
+    assert region.signature == "layer_norm.add" and roles(region) == (["x", "weight", "bias", "skip"], ["y"])
+    assert dict(region.inputs)["x"] is dict(region.inputs)["skip"]
+
+
 def test_resnet_block_in_inference() -> None:
     found = signatures(capture(zoo.ResNetBlock().eval(), torch.randn(2, 3, 32, 32)))
     assert found[:4] == [
@@ -103,16 +159,87 @@ def test_relu_output_and_pool_indices_are_extra_outputs_in_training() -> None:
 
 ACTIVATIONS = {
     "relu_backward": nn.ReLU(), "gelu_backward": nn.GELU(), "gelu_tanh_backward": nn.GELU("tanh"), "silu_backward": nn.SiLU(),
-    "hardswish_backward": nn.Hardswish(),
+    "hardswish_backward": nn.Hardswish(), "leaky_relu_backward": nn.LeakyReLU(0.2), "sigmoid_backward": nn.Sigmoid(),
+    "tanh_backward": nn.Tanh(),
 }  # fmt: skip
+SAVES_ITS_RESULT = ("relu_backward", "sigmoid_backward", "tanh_backward")
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_backward_of_an_activation_is_a_region_where_nothing_longer_takes_it(name: str) -> None:
-    region = only(capture(ACTIVATIONS[name], torch.randn(4, 8, requires_grad=True), training=True))
+    x, grad = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    region = only(capture(ACTIVATIONS[name], x, training=True))
     assert region.signature == name
-    saved = "relu_out" if name == "relu_backward" else name.split("_")[0] + "_x"
+    stem = name.removesuffix("_backward").removesuffix("_tanh")
+    saved = f"{stem}_out" if name in SAVES_ITS_RESULT else f"{stem}_x"
     assert roles(region) == (["grad_y", saved], ["grad_x"])
+    y = ACTIVATIONS[name](x)
+    y.backward(grad)
+    (grad_x,) = module_of(task_of(region).task)(grad, (y if name in SAVES_ITS_RESULT else x).detach())
+    torch.testing.assert_close(grad_x, x.grad)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_backward_of_a_linear_layer_and_of_an_activation_is_a_task_of_matrices(name: str) -> None:
+    net = nn.Sequential(nn.Linear(8, 16), ACTIVATIONS[name], nn.Linear(16, 8))
+    found = {r.signature: r for r in regions(capture(net, torch.randn(2, 4, 8), training=True))}
+    task = task_of(found[f"linear.{name}"]).task
+    assert {len(spec.shape) for spec in (*task.inputs, *task.outputs)} == {2}
+
+
+def test_the_backward_of_a_leaky_relu_in_place_is_the_same_task() -> None:
+    """It keeps its result where the other keeps its input: the sign is the same."""
+
+    def key(inplace: bool) -> str:
+        gm = capture(lambda x: F.leaky_relu(x * 2, 0.2, inplace), torch.randn(4, 8, requires_grad=True), training=True)
+        backward = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.leaky_relu_backward.default)
+        assert backward.args[3] is inplace
+        return task_of(only(gm)).task.key
+
+    assert key(True) == key(False)
+
+
+def test_the_backward_of_a_batch_norm_in_training() -> None:
+    """It takes the batch's own statistics; the running ones, which it does not look at, are no input."""
+    norm = nn.BatchNorm2d(4)
+    nn.init.normal_(norm.weight)
+    x, grad = torch.randn(3, 4, 5, 6, requires_grad=True), torch.randn(3, 4, 5, 6)
+    region = regions(capture(norm, x, training=True))[-1]
+    assert region.signature == "batch_norm_backward"
+    assert roles(region) == (["grad_y", "x", "mean", "rstd", "weight"], ["grad_x", "grad_weight", "grad_bias"])
+    assert task_of(region).task.program[0].args[3:5] == (None, None)
+    norm(x).backward(grad)
+    mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), correction=0)
+    inputs = grad, x.detach(), mean, (var + norm.eps).rsqrt(), norm.weight.detach()
+    expected = x.grad, norm.weight.grad, norm.bias.grad
+    torch.testing.assert_close(module_of(task_of(region).task)(*inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms_without_running_statistics_have_the_same_backward() -> None:
+    def key(tracked: bool) -> str:
+        norm = nn.BatchNorm2d(4, track_running_stats=tracked)
+        gm = capture(norm, torch.randn(2, 4, 4, 4, requires_grad=True), training=True)
+        return task_of(regions(gm)[-1]).task.key
+
+    assert key(True) == key(False)
+
+
+def test_the_backward_of_a_batch_norm_in_evaluation_says_why_it_is_none() -> None:
+    gm = capture(nn.BatchNorm2d(4).eval(), torch.randn(2, 4, 4, 4, requires_grad=True), training=True)
+    assert reasons(gm)["aten.native_batch_norm_backward.default"] == "train is False, not True"
+
+
+def test_backward_regions_of_a_model_in_training() -> None:
+    """An activation's backward belongs to the batch norm or the product next to it."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2),
+    )  # fmt: skip
+    found = signatures(capture(model, torch.randn(2, 3, 8, 8), training=True))
+    assert [s for s in found if "backward" in s] == [
+        "linear.tanh_backward", "linear.sigmoid_backward", "relu_backward.batch_norm_backward", "conv2d_backward",
+        "leaky_relu_backward.batch_norm_backward", "conv2d_backward",
+    ]  # fmt: skip
 
 
 def test_the_backward_of_an_activation_goes_to_a_product_unless_a_kernel_serves_it_alone() -> None:
@@ -275,11 +402,96 @@ def test_a_shorter_match_that_a_kernel_serves_wins_over_a_longer_one() -> None:
     assert signatures(gm, serves=lambda region: region.signature in ("conv2d", "conv2d.relu")) == ["conv2d.relu"]
 
 
+def chained(*modules: nn.Module) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), *modules).eval(), (torch.randn(1, 3, 8, 8),)
+
+
+def added() -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    conv = nn.Conv2d(3, 3, 3, padding=1)
+    return lambda x, r: F.relu(conv(x) + r), (torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
+
+
+LONGER = {
+    "conv2d.silu": lambda: chained(nn.SiLU()),
+    "conv2d.relu.avg_pool2d": lambda: chained(nn.ReLU(), nn.AvgPool2d(2)),
+    "conv2d.batch_norm.relu": lambda: chained(nn.BatchNorm2d(3), nn.ReLU()),
+    "conv2d.add.relu": added,
+}
+
+
+@pytest.mark.parametrize("signature", LONGER)
+def test_the_longest_match_that_a_served_one_is_taken_before_says_so(signature: str) -> None:
+    """One entry of the anchor, whatever lies between the two."""
+    fn, inputs = LONGER[signature]()
+    gm = capture(fn, *inputs)
+    found, skipped = find_regions(gm.graph, lambda region: region.signature == "conv2d")
+    assert "conv2d" in [r.signature for r in found] and signature not in [r.signature for r in found]
+    reason = "no kernel serves it; the shorter conv2d is served"
+    assert [(s.signature, s.reason) for s in skipped if s.node == "convolution"] == [(signature, reason)]
+    for served in ({signature}, {signature, "conv2d"}, set()):
+        found, skipped = find_regions(gm.graph, lambda region, served=served: region.signature in served)
+        entries = [s for s in skipped if s.node == "convolution"]
+        assert ([r.signature for r in found], entries) == ([signature], [])
+
+
+def test_an_anchor_has_one_entry_though_more_than_one_thing_is_in_the_way() -> None:
+    """What could have been taken says more than what could not; what overlaps in the end says that."""
+    linear = nn.Linear(8, 8)
+
+    def net(x: Tensor) -> Tensor:
+        y = linear(x).relu()
+        return y + torch.softmax(y, -1)
+
+    gm = capture(net, torch.randn(4, 8))
+
+    def entries(*served: str) -> dict[str, str]:
+        skipped = find_regions(gm.graph, lambda region: region.signature in served)[1]
+        assert len({s.node for s in skipped}) == len(skipped)
+        return {s.signature: s.reason for s in skipped}
+
+    assert entries() == entries("linear.relu") == {"linear.relu.add": "a path leaves it and comes back"}
+    assert entries("linear") == {"linear.relu": "no kernel serves it; the shorter linear is served"}
+    norm = nn.LayerNorm(8)
+    gm = capture(lambda x: norm(linear(x) + x), torch.randn(4, 8))
+    assert entries("add.layer_norm") == {"linear.add": "overlaps add.layer_norm"}
+    assert entries("linear", "add.layer_norm") == {"linear.add": "no kernel serves it; the shorter linear is served"}
+    gm = capture(lambda q, k, v, r: torch.bmm(torch.softmax(torch.bmm(q, k), -1), v) + r, *torch.randn(4, 2, 8, 8).unbind())
+    assert entries("bmm", "bmm.softmax.bmm") == {"bmm": "overlaps bmm.softmax.bmm"}
+    gm = capture(lambda x: norm(linear(x) + x), torch.randn(4, 8))
+    assert entries("linear.add", "layer_norm") == {"add.layer_norm": "no kernel serves it; the shorter layer_norm is served"}
+
+
+def test_what_was_passed_over_is_explained_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add_kernel_of_conv(tmp_path, "conv2d", "weight.shape[0] == 3")
+    model, inputs = LONGER["conv2d.silu"]()
+    settings = Settings(library_dir=str(tmp_path))
+    reason = "kept Inductor: no kernel serves it; the shorter conv2d is served"
+    explained = {e.signature: (e.state, e.detail) for e in explain(model, Call(inputs), settings)}
+    assert explained["conv2d.silu"] == ("skipped", reason) and explained["conv2d"][0] in ("unverified", "miss")
+    options = {"library_dir": str(tmp_path), "verify_budget_s": 0.0}
+    compiled = torch.compile(model, backend=llmkernels, options=options)
+    with torch.no_grad(), caplog.at_level("INFO", "torch_llmkernels.backend"):
+        compiled(*inputs)
+    regions_reported = {r.signature: r.reason for graph in registry.report(compiled) for r in graph.regions}
+    assert regions_reported["conv2d.silu"] == reason
+    assert any("conv2d.silu" in line and reason in line for line in caplog.messages)
+
+
+def test_a_search_sees_the_longer_match_with_a_library_that_serves_no_shorter_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is captured is what searches are for: the regions as this library has them."""
+    (tmp_path / "empty").mkdir()
+    add_kernel_of_conv(tmp_path / "full", "conv2d", "weight.shape[0] == 3")
+    model, inputs = LONGER["conv2d.silu"]()
+    for library, signature in (("full", "conv2d"), ("empty", "conv2d.silu")):
+        monkeypatch.setenv("LLMKERNELS_LIBRARY_DIR", str(tmp_path / library))
+        assert [found.task.signature for found in capture_tasks(model, inputs)] == [signature]
+
+
 def test_what_serves_is_asked_of_the_task_not_of_its_signature(tmp_path: Path) -> None:
     for signature, where in (("conv2d.relu.max_pool2d", "weight.shape[0] == 64"), ("conv2d.relu", "weight.shape[0] == 4")):
-        (tmp_path / signature).mkdir()
-        header = KERNEL_OF_CONV.format(signature=signature, where=where)
-        (tmp_path / signature / "one.cpp").write_text(header)
+        add_kernel_of_conv(tmp_path, signature, where)
     serves = served_by(Library(tmp_path, strict=True))
     small = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8))
     wide = capture(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2)), torch.randn(1, 3, 8, 8))

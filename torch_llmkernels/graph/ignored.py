@@ -1,8 +1,10 @@
-"""Arguments that a call does not look at: the random state of an attention's backward without dropout.
+"""Arguments that a call does not look at: the random state of an attention's backward without dropout, and the running statistics
+in the backward of a batch norm that trains.
 
-The forward hands its random state on whether or not it drew from it. The state's dtype, shape and device differ between operators
-and releases (uint64 or int64, a pair or a scalar, a meta tensor while tracing), so a task does not name it: the tensor of another
-argument stands there instead, which every one of these operators takes without dropout.
+An attention's forward hands its random state on whether or not it drew from it. The state's dtype, shape and device differ
+between operators and releases (uint64 or int64, a pair or a scalar, a meta tensor while tracing), so a task does not name it: the
+tensor of another argument stands there instead, which every one of these operators takes without dropout. Running statistics are
+optional: nothing stands there, since no other tensor has their dtype in every mix of precisions.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ def _calls() -> Mapping[str, Call]:
     return {p.anchor.op: p.anchor for p in PATTERNS if isinstance(p.anchor, Call) and p.anchor.ignored}
 
 
-def ignored_arguments(node: fx.Node) -> Mapping[str, str]:
-    """Schema name of each argument that the call does not look at -> the argument that stands in for it; often empty."""
+def ignored_arguments(node: fx.Node) -> Mapping[str, str | None]:
+    """Schema name of each argument that the call does not look at -> the argument that stands in for it, or None; often empty."""
     call = _calls().get(op_name(node))
     if call is None:
         return {}
@@ -47,5 +49,6 @@ def forget(node: fx.Node) -> None:
     """Give every reader of an ignored value the argument that stands in for it, so that what made the value can be dropped."""
     for user in list(node.users):
         given = arguments(user)
-        stand_in = next(given[other] for name, other in ignored_arguments(user).items() if given[name] is node)
+        ignored = ignored_arguments(user).items()
+        stand_in = next(given[other] if other else None for name, other in ignored if given[name] is node)
         user.replace_input_with(node, stand_in)

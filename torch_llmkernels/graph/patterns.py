@@ -36,7 +36,7 @@ class Call:
         rank: Number of dimensions that the chain value must have.
         unused: Indices of outputs that nothing may read (random states), except calls that ignore them.
         ignored: Schema name of each argument that the call, as `where` has it, does not look at (a random state without dropout)
-            -> the argument whose tensor stands there in the task.
+            -> the argument whose tensor stands there in the task; None: nothing does.
     """
 
     op: str
@@ -49,7 +49,7 @@ class Call:
     params: Mapping[str, str] = dataclasses.field(default_factory=dict)
     rank: int | None = None
     unused: tuple[int, ...] = ()
-    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ignored: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,11 +134,17 @@ _ACTIVATION_BACKWARD = Stage((
     Call("aten.gelu_backward.default", "gelu_tanh_backward", ("grad_output",), {"self": "gelu_x"}, where={"approximate": "tanh"}),
     Call("aten.silu_backward.default", "silu_backward", ("grad_output",), {"self": "silu_x"}),
     Call("aten.hardswish_backward.default", "hardswish_backward", ("grad_output",), {"self": "hardswish_x"}),
+    Call("aten.leaky_relu_backward.default", "leaky_relu_backward", ("grad_output",), {"self": "leaky_relu_x"}),
+    Call("aten.sigmoid_backward.default", "sigmoid_backward", ("grad_output",), {"output": "sigmoid_out"}),
+    Call("aten.tanh_backward.default", "tanh_backward", ("grad_output",), {"output": "tanh_out"}),
 ))  # fmt: skip
 
 _RESIDUAL = Stage((
     Call("aten.add.Tensor", "add", _BOTH, {"self": "residual", "other": "residual"}, where={"alpha": 1}, operand="same"),
 ))  # fmt: skip
+_SKIP = Stage((
+    Call("aten.add.Tensor", "add", _BOTH, {"self": "skip", "other": "skip"}, where={"alpha": 1}, operand="same"),
+))  # below an anchor that may have a residual above it: the two are different tensors  # fmt: skip
 _GATE = Stage((Call("aten.mul.Tensor", "mul", _BOTH, {"self": "gate", "other": "gate"}, operand="same"),))
 _BIAS = Stage((Call("aten.add.Tensor", "", _BOTH, {"self": "bias", "other": "bias"}, where={"alpha": 1}, operand="last"),))
 _WEIGHT = Stage((Call("aten.mul.Tensor", "", _BOTH, {"self": "weight", "other": "weight"}, operand="last"),))
@@ -168,7 +174,7 @@ _MASK = Stage((
 
 _LINEAR_AFTER = (_BIAS, _ACTIVATION, _GATE, _RESIDUAL)
 _CONV_AFTER = (Stage((_BATCH_NORM,)), _RESIDUAL, _ACTIVATION, _RESIDUAL, _POOL)
-_NORM = {"before": (_RESIDUAL,), "after": (_ACTIVATION,)}
+_NORM = {"before": (_RESIDUAL,), "after": (_SKIP, _ACTIVATION, _SKIP)}
 _QKV = {"key": "k", "value": "v"}
 _BMM_ATTENTION: dict[str, Any] = {
     "before": (Stage((Call("aten.bmm.default", "bmm", roles={"mat2": "k"}),), required=True), _SCALE, _MASK),
@@ -240,7 +246,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         Tree("aten.rsqrt.default", "rms_norm", _RMS_NORM, outputs={"aten.rsqrt.default": "rstd"}),
-        before=(_RESIDUAL, _CAST), after=(_CAST, _WEIGHT, _CAST, _ACTIVATION),
+        before=(_RESIDUAL, _CAST), after=(_CAST, _WEIGHT, _CAST, _SKIP, _ACTIVATION, _SKIP),
     ),
     Pattern(_BATCH_NORM, **_NORM),
     # softmax, losses
@@ -292,6 +298,13 @@ PATTERNS: tuple[Pattern, ...] = (
         Call("aten._fused_rms_norm_backward.default", "rms_norm_backward", ("grad_out",),
              {"input": "x", "rstd": "rstd", "weight": "weight"}, ("grad_x", "grad_weight")),
         entry="grad_y", result="grad_x",
+    ),
+    Pattern(  # in training, where it does not look at the running statistics
+        Call("aten.native_batch_norm_backward.default", "batch_norm_backward", ("grad_out",),
+             {"input": "x", "save_mean": "mean", "save_invstd": "rstd", "weight": "weight"},
+             ("grad_x", "grad_weight", "grad_bias"), where={"train": True},
+             ignored={"running_mean": None, "running_var": None}),
+        before=(_ACTIVATION_BACKWARD,), entry="grad_y", result="grad_x",
     ),
     Pattern(
         Call("aten._softmax_backward_data.default", "softmax_backward", ("grad_output",), {"output": "y"}, ("grad_x",)),

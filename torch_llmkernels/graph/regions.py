@@ -3,7 +3,8 @@
 `find_regions` scans for anchors, matches every pattern at each, and takes matches greedily: at each anchor the longest one that
 some kernel serves first, then the ones with more calls, then the one that comes first in the graph. A match whose nodes are
 partly taken gives way to a shorter extent of itself. Around the reductions that are left, regions without a name grow.
-Everything that could have been a region and is none is a `Skipped` with its reason.
+Everything that could have been a region and is none is a `Skipped` with its reason: of each anchor one, the longest match, also
+where a shorter one was taken because a kernel serves it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def find_regions(graph: fx.Graph, serves: Callable[[Region], bool] = lambda regi
         serves: Whether a kernel exists for a region: a shorter match that one serves wins over a longer one that none does.
 
     Returns:
-        Regions in topological order of their first node. No two overlap, and replacing all of them leaves no cycle.
+        Regions in topological order of their first node; no two overlap, and replacing all of them leaves no cycle. And what
+        was not taken, among it the longest match of each anchor where a shorter, served one was.
     """
     if not has_anchor(graph):
         return [], []
@@ -86,7 +88,7 @@ def find_regions(graph: fx.Graph, serves: Callable[[Region], bool] = lambda regi
     order = finder.order
     found.sort(key=lambda m: (-m.calls, min(order[n] for n in m.nodes)))
     preferred = _longest_served(found, finder, serves)
-    found.sort(key=lambda m: id(m) not in preferred)  # stable
+    found.sort(key=lambda m: m not in preferred)  # stable
     refused: dict[fx.Node, Skipped] = {}
     for match in found:
         if match.anchor in finder.anchors:
@@ -97,6 +99,8 @@ def find_regions(graph: fx.Graph, serves: Callable[[Region], bool] = lambda regi
         else:
             finder.anchors.add(match.anchor)
             finder.take(_region(match, order))
+            if passed_over := preferred.get(match):
+                refused[match.anchor] = passed_over
     for grown in grow(graph, finder.may_join, lambda nodes: bool(finder.cycle(nodes))):
         reason = finder.refuse_nodes(tuple(grown.nodes))
         if reason:
@@ -107,13 +111,29 @@ def find_regions(graph: fx.Graph, serves: Callable[[Region], bool] = lambda regi
     return sorted(finder.regions, key=lambda r: order[r.nodes[0]]), skipped
 
 
-def _longest_served(found: list[Match], finder: _Finder, serves: Callable[[Region], bool]) -> set[int]:
-    """Of the matches at each anchor, longest first, the id of the first that some kernel serves."""
-    preferred: dict[fx.Node, int] = {}
+def _longest_served(
+    found: list[Match], finder: _Finder, serves: Callable[[Region], bool]
+) -> dict[Match, Skipped | None]:
+    """Of the matches at each anchor, longest first, the first that some kernel serves -> the longest one that it is taken before.
+
+    Of those, one that could have been taken says more than one that could not.
+    """
+    preferred: dict[Match, Skipped | None] = {}
+    longest: dict[fx.Node, tuple[Match, str]] = {}  # what no kernel serves, and why it could not be taken anyway
+    served: set[fx.Node] = set()
     for match in found:
-        if match.anchor not in preferred and not finder.refusal(match) and serves(_region(match, finder.order)):
-            preferred[match.anchor] = id(match)
-    return set(preferred.values())
+        anchor = match.anchor
+        if anchor in served:
+            continue
+        reason = finder.refusal(match)
+        if not reason and serves(_region(match, finder.order)):
+            served.add(anchor)
+            longer, why = longest.get(anchor, (match, ""))
+            why = why or f"no kernel serves it; the shorter {match.signature} is served"
+            preferred[match] = Skipped(longer.signature, anchor.name, why) if longer.calls > match.calls else None
+        elif anchor not in longest or (longest[anchor][1] and not reason):
+            longest[anchor] = (match, reason)
+    return preferred
 
 
 def _candidates(graph: fx.Graph, backward: Collection[fx.Node]) -> tuple[list[Match], list[Skipped]]:

@@ -40,7 +40,7 @@ _OVER_ONE_DIM = ("aten._softmax.default", "aten._safe_softmax.default", "aten._l
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default")
 _LOSSES = ("aten.nll_loss_forward.default", "aten.nll_loss_backward.default")
 _ELEMENTWISE = (POINTWISE - {"aten.unsqueeze.default", "aten.expand.default", "aten.squeeze.dims"}) | {
-    f"aten.{name}_backward.default" for name in ("threshold", "gelu", "silu", "hardswish")
+    f"aten.{name}_backward.default" for name in ("threshold", "gelu", "silu", "hardswish", "leaky_relu", "sigmoid", "tanh")
 }
 
 

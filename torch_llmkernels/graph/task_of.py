@@ -31,7 +31,7 @@ from torch_llmkernels.task import Node, Numerics, Task, TensorSpec, encode_liter
 _INLINE = frozenset({
     "half_to_float", "transposed", "output_padding", "alpha", "beta", "output_mask", "threshold", "approximate", "dropout_p",
     "compute_log_sumexp", "return_debug_mask", "max_q", "max_k", "grad_input_mask", "N", "C", "HxW", "bias_sizes", "keepdim",
-    "exponent", "momentum",
+    "exponent", "momentum", "train", "self_is_result",
 })  # fmt: skip
 """Arguments that stay in the program: a pattern fixes them, or the shapes of the tensors say the same."""
 
@@ -131,7 +131,7 @@ class _Program:
 
     def _call(self, node: fx.Node) -> tuple[str, tuple[Any, ...]]:
         op, given = _rewritten(node, arguments(node), self._region.roles)
-        given |= {name: given[other] for name, other in ignored_arguments(node).items()}
+        given |= {name: given[other] if other else None for name, other in ignored_arguments(node).items()}
         names = list(given)
         if op in COMMUTATIVE and self._region.first.get(node) == names[1]:
             given = {names[0]: given[names[1]], names[1]: given[names[0]], **{n: given[n] for n in names[2:]}}
@@ -212,6 +212,8 @@ def _rewritten(
         op = {"self": "aten.where.ScalarSelf", "other": "aten.where.ScalarOther"}[scalars[0]] if len(scalars) == 1 else op
     if op == "aten._native_batch_norm_legit_no_training.default":
         given = {**given, "momentum": 0.0}  # not read in evaluation
+    if op == "aten.leaky_relu_backward.default":
+        given = {**given, "self_is_result": False}  # only the sign of `self` counts, which the result of an in-place call has too
     if op == "aten.view.default" and (node, "self") not in roles and _is_copy(given["self"]):
         return "aten.reshape.default", {"self": given["self"].args[0], "shape": list(node.meta["val"].shape)}
     if "scale" in given and given["scale"] is None and "query" in given:

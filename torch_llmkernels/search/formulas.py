@@ -39,6 +39,18 @@ def native_group_norm_backward(grad_out, input, mean, rstd, weight, N, C, HxW, g
     return grad_input.view_as(input), (dy * xhat).sum((0, 3)).view(C), dy.sum((0, 3)).view(C)
 """
 
+_BATCH_BACKWARD = """\
+def native_batch_norm_backward(
+    grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps, output_mask
+):  # in training: the running statistics are not looked at
+    dims, vector = [d for d in range(input.ndim) if d != 1], [1, -1] + [1] * (input.ndim - 2)
+    mean, rstd = save_mean.view(vector), save_invstd.view(vector)
+    xhat = (input - mean) * rstd
+    g = grad_out if weight is None else grad_out * weight.view(vector)
+    grad_input = rstd * (g - g.mean(dims, True) - xhat * (g * xhat).mean(dims, True))
+    return grad_input, (grad_out * xhat).sum(dims), grad_out.sum(dims)
+"""
+
 _LAYER_NORM = """\
 def native_layer_norm(input, normalized_shape, weight, bias, eps):
     cols = tuple(range(-len(normalized_shape), 0))
@@ -103,6 +115,21 @@ def hardswish_backward(grad_output, self):
 _THRESHOLD_BACKWARD = """\
 def threshold_backward(grad_output, self, threshold):
     return torch.where(self <= threshold, 0, grad_output)  # where self is NaN, the gradient passes
+"""
+
+_LEAKY_RELU_BACKWARD = """\
+def leaky_relu_backward(grad_output, self, negative_slope, self_is_result):  # of self, only the sign counts
+    return torch.where(self > 0, grad_output, grad_output * negative_slope)
+"""
+
+_SIGMOID_BACKWARD = """\
+def sigmoid_backward(grad_output, output):
+    return grad_output * (1 - output) * output
+"""
+
+_TANH_BACKWARD = """\
+def tanh_backward(grad_output, output):
+    return grad_output * (1 - output * output)
 """
 
 _NLL_FORWARD = """\
@@ -178,6 +205,7 @@ FORMULAS: dict[str, str] = {
     "aten.native_layer_norm_backward.default": _NORM_BACKWARD,
     "aten.native_group_norm.default": _GROUP_NORM,
     "aten.native_group_norm_backward.default": _GROUP_BACKWARD,
+    "aten.native_batch_norm_backward.default": _BATCH_BACKWARD,
     "aten._fused_rms_norm.default": _RMS_NORM,
     "aten._fused_rms_norm_backward.default": _RMS_BACKWARD,
     "aten._softmax_backward_data.default": _SOFTMAX_BACKWARD,
@@ -185,6 +213,9 @@ FORMULAS: dict[str, str] = {
     "aten.gelu_backward.default": _GELU_BACKWARD,
     "aten.silu_backward.default": _SILU_BACKWARD,
     "aten.hardswish_backward.default": _HARDSWISH_BACKWARD,
+    "aten.leaky_relu_backward.default": _LEAKY_RELU_BACKWARD,
+    "aten.sigmoid_backward.default": _SIGMOID_BACKWARD,
+    "aten.tanh_backward.default": _TANH_BACKWARD,
     "aten.threshold_backward.default": _THRESHOLD_BACKWARD,
     "aten.nll_loss_forward.default": _NLL_FORWARD,
     "aten.nll_loss_backward.default": _NLL_BACKWARD,
