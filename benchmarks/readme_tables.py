@@ -226,6 +226,8 @@ def section(result: Result, name: str) -> str:
     commits = list(dict.fromkeys(row.get("commit", result["commit"]) for row in result["rows"]))  # a resumed file has several
     named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
     where = f"{result['device']}, torch {versions.get('torch', '?')}, {named}, {result['date']}"
+    if result.get("flags", {}).get("precompile"):
+        where += ", each model precompiled"
     image = f"\n\n![{name}](benchmarks/results/{result['device_kind']}/{result['file']}.svg)" if speedups(result, name) else ""
     return f"**{where}**\n\n{TABLES[name](result)}{image}"
 
