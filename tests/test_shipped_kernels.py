@@ -337,13 +337,60 @@ def test_forward_fused_and_backward_regions_run_swapped(tmp_path: Path) -> None:
 
 
 def placed(values: torch.Tensor, stride: tuple[int, ...], offset: int) -> torch.Tensor:
-    """A copy of values at an address that is `offset` bytes beyond a multiple of 64."""
+    """A copy of values at an address that is `offset` bytes beyond a multiple of 256."""
     count = 1 + sum((size - 1) * step for size, step in zip(values.shape, stride, strict=True))
-    memory = bytearray(count * values.itemsize + 128)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64 + offset
-    found = torch.frombuffer(memory, dtype=values.dtype, count=count, offset=start).as_strided(values.shape, stride)
-    assert found.data_ptr() % 64 == offset
+    if values.device.type == "cuda":  # its views start at whole elements
+        memory = torch.empty(count * values.itemsize + 512, dtype=torch.uint8, device=values.device)
+        start = -memory.data_ptr() % 256 + offset
+        found = memory[start : start + count * values.itemsize].view(values.dtype).as_strided(values.shape, stride)
+    else:
+        buffer = bytearray(count * values.itemsize + 512)
+        start = -torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % 256 + offset
+        found = torch.frombuffer(buffer, dtype=values.dtype, count=count, offset=start).as_strided(values.shape, stride)
+    assert found.data_ptr() % 256 == offset
     return found.copy_(values)
+
+
+def serves_addresses_of_its_header(kernel: Kernel, task: Task, store: Path) -> None:
+    """Inputs, outputs and workspaces together: a vector access that wants more than `align` says would end the process."""
+    device, facts = torch.device(task.device), target_for(task.device).facts()
+    constants = kernel.tunings(task, facts)[0]
+    record = Record(task, kernel.name, kernel.text, tuple(constants.items()), facts.kind, CORRECT, "test")
+    slot = op.Slot(op.decode_spec(op.encode_spec(record)), Settings(cache_dir=str(store)))
+    torch.manual_seed(0)
+    inputs = [torch.randn(spec.shape).to(device, getattr(torch, spec.dtype)) for spec in task.inputs]
+    empty = [torch.full(spec.shape, torch.nan, dtype=getattr(torch, spec.dtype), device=device) for spec in task.outputs]
+    expected = [torch.empty_like(output) for output in empty]
+    slot.run_reference(*expected, *slot.workspaces(device), *inputs)
+    largest = max(value.itemsize for value in (*inputs, *empty))
+    cases = [(0, 0), (kernel.align, 0), (kernel.align // 2, 1)]
+    for offset, references in cases if device.type == "cpu" else [c for c in cases if c[0] % largest == 0]:
+        outputs = [placed(value, spec.stride, offset) for value, spec in zip(empty, task.outputs, strict=True)]
+        scratch = [placed(made, made.stride(), offset) for made in slot.workspaces(device)]
+        given = [placed(value, spec.stride, offset) for value, spec in zip(inputs, task.inputs, strict=True)]
+        with mock.patch.object(op.Slot, "run_reference", autospec=True, side_effect=op.Slot.run_reference) as reference:
+            slot(*outputs, *scratch, *given)
+        assert reference.call_count == references, (kernel.name, offset, slot.reason)
+        for got, want in zip(outputs, expected, strict=True):
+            limit = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}[got.dtype]
+            torch.testing.assert_close(got, want, rtol=limit, atol=limit * max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("signature", UNSEEN_CUDA)
+def test_a_cuda_kernel_serves_addresses_of_its_header_and_leaves_others_to_the_reference(
+    signature: str, dtype: str, tmp_path: Path
+) -> None:
+    facts, tried = target_for("cuda").facts(), 0
+    tasks = cuda_tasks(signature, dtype, "cuda")
+    for kernel in LIBRARY.kernels(signature, "cuda"):
+        task = next((t for t in tasks if kernel.why_not(t) is None and kernel.tunings(t, facts)), None)
+        if task is not None:
+            serves_addresses_of_its_header(kernel, task, tmp_path)
+            tried += 1
+    assert tried
 
 
 @no_compiler
@@ -351,24 +398,8 @@ def placed(values: torch.Tensor, stride: tuple[int, ...], offset: int) -> torch.
 def test_a_cpu_kernel_serves_addresses_of_its_header_and_leaves_others_to_the_reference(
     signature: str, kernel: Kernel, tmp_path: Path
 ) -> None:
-    """Inputs, outputs and workspaces together: a vector load that wants more than `align` says would end the process."""
     task = next(task for task in tasks_of(signature) if kernel.why_not(task) is None)
-    constants = kernel.tunings(task, target_for("cpu").facts())[0]
-    record = Record(task, kernel.name, kernel.text, tuple(constants.items()), "cpu", CORRECT, "test")
-    slot = op.Slot(op.decode_spec(op.encode_spec(record)), Settings(cache_dir=str(tmp_path)))
-    torch.manual_seed(0)
-    inputs = [torch.randn(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in task.inputs]
-    empty = [torch.full(spec.shape, torch.nan, dtype=getattr(torch, spec.dtype)) for spec in task.outputs]
-    expected = [torch.empty_like(output) for output in empty]
-    slot.run_reference(*expected, *slot.workspaces(torch.device("cpu")), *inputs)
-    for offset, references in ((0, 0), (kernel.align, 0), (kernel.align // 2, 1)):
-        outputs = [placed(value, spec.stride, offset) for value, spec in zip(empty, task.outputs, strict=True)]
-        scratch = [placed(made, made.stride(), offset) for made in slot.workspaces(torch.device("cpu"))]
-        given = [placed(value, spec.stride, offset) for value, spec in zip(inputs, task.inputs, strict=True)]
-        with mock.patch.object(op.Slot, "run_reference", autospec=True, side_effect=op.Slot.run_reference) as reference:
-            slot(*outputs, *scratch, *given)
-        assert reference.call_count == references, offset
-        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+    serves_addresses_of_its_header(kernel, task, tmp_path)
 
 
 @no_compiler
