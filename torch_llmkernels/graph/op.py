@@ -195,7 +195,8 @@ class Slot:
         """Compute the outputs with the region's own program."""
         outputs, inputs, symbols = self._sorted(args)
         with torch.no_grad():
-            for output, value in zip(outputs, self.spec.module(*inputs, *symbols), strict=True):
+            aligned = [_aligned(tensor) for tensor in inputs]
+            for output, value in zip(outputs, self.spec.module(*aligned, *symbols), strict=True):
                 output.copy_(value)
 
     def _sorted(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
@@ -276,6 +277,21 @@ class Slot:
         if message not in self._warned:
             self._warned.add(message)
             log.warning("region %s %s", self.spec.label, message)
+
+
+_ALIGNMENT = 16
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or on CUDA a copy where it is not aligned to `_ALIGNMENT` bytes, as Inductor makes of its own inputs.
+
+    Torch's attention kernels read such addresses without a check: the results are wrong, or the context is lost.
+    """
+    if tensor.device.type != "cuda" or tensor.data_ptr() % _ALIGNMENT == 0:
+        return tensor
+    from torch._inductor.utils import clone_preserve_strides
+
+    return clone_preserve_strides(tensor)
 
 
 _slots: dict[tuple[str, tuple[int, ...] | None], Slot] = {}
