@@ -355,6 +355,13 @@ class TestStopping:
         longer, model, _ = searched(tmp_path)
         assert model.slots[0] == "r3.s0.ideas.a0" and result(longer.run).record.evaluation.time_ms == 1.5
 
+    def test_an_extended_search_first_repairs_what_failed_the_full_check(self, tmp_path: Path) -> None:
+        searched(tmp_path, full={"2.000": "wrong"})
+        extend(open_engine(tmp_path).run, {"rounds": 3})
+        longer, model, _ = searched(tmp_path, lambda r, s: code_reply("1.900") if s.endswith("a1") else default_answer(r, s))
+        assert model.slots[0] == "r2.s0.i0.v0.a1" and "wrong in the full check: scripted: wrong" in model.prompts[model.slots[0]]
+        assert longer.tree.chains["r2.s0.i0.v0"][-1].candidate
+
     def test_asked_to_finish_it_drops_open_prompts_and_checks_the_best_in_full(self, tmp_path: Path) -> None:
         model = ScriptedModel(lambda role, slot: PENDING if slot.startswith("r2") else default_answer(role, slot))
         engine = open_engine(tmp_path, SMALL, model, ScriptedPool())

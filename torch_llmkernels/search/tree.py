@@ -278,11 +278,17 @@ class Tree:
         return sum(p.role == "code" and p.reply is not None for p in self.prompts.values())
 
     def failure(self, prompt: Prompt) -> str:
-        """Why this attempt needs a repair: an unusable reply, or what its candidate died of; else empty."""
+        """Why this attempt needs a repair: an unusable reply, or what its candidate died of; else empty.
+
+        A failed full check counts too: a search that is extended after it has that kernel repaired first.
+        """
         if prompt.rejected or not prompt.candidate:
             return prompt.rejected
-        evaluation = self.candidates[prompt.candidate].evaluation
-        return f"{evaluation.status}: {evaluation.detail}" if evaluation and not evaluation.status.is_correct else ""
+        candidate = self.candidates[prompt.candidate]
+        for evaluation, check in ((candidate.evaluation, ""), (candidate.evaluations.get("full"), " in the full check")):
+            if evaluation and not evaluation.status.is_correct:
+                return f"{evaluation.status}{check}: {evaluation.detail}"
+        return ""
 
     def unevaluated(self) -> list[Candidate]:
         """Candidates that wait for their quick evaluation, in order of place."""
