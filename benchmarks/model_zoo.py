@@ -42,6 +42,29 @@ class ModelCase:
     images: bool = False
 
 
+def enliven(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
+    """The module, changed in place so that its outputs depend on its inputs in half precision too, whatever its initialisation.
+
+    A head that starts at zero (timm's MLP-Mixer) gives only zeros, whose error says nothing; batch norms that never saw data let
+    the activations of a deep network (MobileNetV3) vanish in float16. Linear layers of zeros get small random weights, batch
+    norms the statistics of one batch.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.02)
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        momenta = [layer.momentum for layer in norms]
+        for layer in norms:
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches, here of one
+        with torch.no_grad():
+            module.train()(*inputs)
+        for layer, momentum in zip(norms, momenta, strict=True):
+            layer.momentum = momentum
+    return module
+
+
 class Tokens(nn.Module):
     """A transformers model as a function from token ids to its first output.
 

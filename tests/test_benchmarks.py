@@ -134,6 +134,26 @@ def test_a_device_that_is_not_here_ends_a_benchmark(tmp_path: Path) -> None:
         operators.main(["--device", "cuda", "--out", str(tmp_path / "operators.json")])
 
 
+@pytest.mark.parametrize(("eager", "accurate"), [(1e-7, True), (0.0, False), (1.0, False)])
+def test_a_row_whose_eager_is_all_zeros_or_all_wrong_is_not_called_accurate(eager: float, accurate: bool) -> None:
+    row = {"modes": {"eager": {"error": eager}, "ours": {"error": eager, "swapped": []}}}
+    models.judged(row, {"eager": [2.0] * 5, "ours": [1.0] * 5}, torch.float32)
+    assert row["modes"]["ours"]["accurate"] is accurate
+
+
+def test_random_weights_leave_no_model_without_an_output() -> None:
+    """A head that starts at zero, and a batch norm that never saw how small its inputs are."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    nn.init.zeros_(module[3].weight), nn.init.zeros_(module[3].bias)
+    images = 0.02 * torch.randn(64, 3, 1, 1)
+    with torch.no_grad():
+        assert not module.eval()(images).any()
+        normed = model_zoo.enliven(module, (images,)).eval()[:2](images)
+        assert module(images).any() and 0.5 < normed.std() < 1.5
+    assert module[1].momentum == 0.1 and module[1].num_batches_tracked == 1
+
+
 def test_any_mode_of_ours_can_be_measured_alone() -> None:
     row = {"modes": {"eager": {"error": 1e-7}, "ours max-autotune": {"error": 1e-7, "swapped": ["softmax: k"]}}}
     found = models.judged(row, {"eager": [2.0] * 5, "ours max-autotune": [1.0] * 5}, torch.float32)
