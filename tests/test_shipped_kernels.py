@@ -205,7 +205,10 @@ UNSEEN_CUDA = {
         (nn.Sequential(nn.Linear(136, 288), nn.GELU()), (129, 136)),
         (nn.Sequential(nn.Linear(520, 1056), nn.GELU()), (257, 520)),
     ],
-    "attention": [(Attention(), (2, 19, 384)), (Attention(), (1, 130, 384)), (Attention(), (3, 257, 384))],
+    "attention": [
+        (Attention(), (2, 19, 384)), (Attention(), (1, 130, 384)), (Attention(), (3, 257, 384)), (Attention(), (2, 77, 384)),
+        (Attention(), (4, 33, 384)),
+    ],
     "layer_norm_backward": [(nn.LayerNorm(160), (2, 5, 160)), (nn.LayerNorm(1032), (7, 1032)), (nn.LayerNorm(4096), (131, 4096))],
 }  # fmt: skip
 FLOATS = ["float32", "float16", "bfloat16"]
