@@ -3,11 +3,11 @@ implements = "rms_norm"
 target     = "cuda"
 dtypes     = ["float32", "float16", "bfloat16"]
 optional   = ["weight", "rstd"]
-dims       = { cols = "x.shape[-1]", rows = "x.numel // cols", nd = "x.ndim", vec = "16 // x.itemsize", nvec = "ceil_div(cols, vec)", nv = "ceil_div(ceil_div(ceil_div(nvec, CLUSTER), 8) * 8, THREADS)", per = "(nv > 4) * (1024 // THREADS) + (nv <= 4) * (1536 // THREADS)" }
+dims       = { cols = "x.shape[-1]", rows = "x.numel // cols", nd = "x.ndim", vec = "16 // x.itemsize", nvec = "ceil_div(cols, vec)", nv = "ceil_div(ceil_div(ceil_div(nvec, CLUSTER), 8) * 8, THREADS)", per = "(nv > 4) * (1024 // THREADS) + (nv <= 4) * (1536 // THREADS)", ahead = "max(device.sms * per // CLUSTER, 1)" }
 static     = ["nd", "nv", "per"]
 where      = ["device.arch >= 90", "x.ndim >= 1", "x.contiguous", "y.contiguous", "weight.contiguous", "rstd.contiguous", "y.itemsize == x.itemsize",
               "nvec >= 1024", "rows >= 1", "rows <= 100000000", "nv >= 3", "nv <= 8"]
-tune       = { CLUSTER = [1, 2, 4, 8, 16], THREADS = [256, 512] }
+tune       = { CLUSTER = [1, 2, 4, 8, 16], THREADS = [256, 512], PART = [0, 1, 2, 4] }
 align      = 16
 [[launch]]
 kernel  = "rms_plain"
@@ -15,10 +15,11 @@ grid    = ["rows * CLUSTER"]
 block   = ["THREADS"]
 cluster = ["CLUSTER"]
 smem    = "nv * THREADS * 16"
-args    = ["x", "weight", "y", "rstd", "cols", "eps"]
+args    = ["x", "weight", "y", "rstd", "rows", "cols", "ahead", "eps"]
 ---*/
 // One cluster a row, one strip of columns a block, NV vectors a thread in registers; PER blocks on a multiprocessor cover each other's
-// latency. The strip's weights come into shared memory by one bulk copy while x is read. One double per block crosses the cluster by
+// latency; PART quarters of the strip that the cluster's successor will take are prefetched into L2 while this row's sums cross the
+// cluster and its results are stored, so that DRAM reads go on. The strip's weights come into shared memory by one bulk copy while x is read. One double per block crosses the cluster by
 // st.async; a block leaves after it has received all of them. Rows whose length is no multiple of a vector go element by element.
 #if defined(P_DIM_1) || defined(P_NORMALIZED_SHAPE_1)
 #error "only the last dimension"
@@ -95,7 +96,7 @@ template <class X> struct Squares<X, true> {
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER)
 rms_plain(const T_x* __restrict__ x, const T_weight* __restrict__ weight, T_y* __restrict__ y, T_rstd* __restrict__ rstd,
-          int cols, double eps) {
+          int rows, int cols, int ahead, double eps) {
     extern __shared__ __align__(128) uint4 wring[];
     __shared__ __align__(16) double mailbox[CLUSTER];
     __shared__ __align__(8) uint64_t mail, wfull;
@@ -124,7 +125,9 @@ rms_plain(const T_x* __restrict__ x, const T_weight* __restrict__ weight, T_y* _
         }
     }
     __syncwarp();
-    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    // relaxed: what the others need is the initialised barrier, which its own fence has released; a release by all threads would be a fence
+    // of the whole device before the first load
+    if (CLUSTER > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 
     uint4 v[NV];
     double q;
@@ -160,6 +163,14 @@ rms_plain(const T_x* __restrict__ x, const T_weight* __restrict__ weight, T_y* _
     q = warp_sum(q);
     if (lane == 0) part[warp] = q;
     __syncthreads();  // the sums are there, the barriers are initialised
+    if (PART > 0 && whole && warp == WARPS - 1) {
+        // All loads of the block have landed: DRAM goes on with the same strip of the row that the successor of this cluster will take.
+        // A hint only: nothing waits for it.
+        const uint32_t bytes = uint32_t(count) * (4 * PART) / 16 * 16;  // PART quarters
+        if (lane == 0 && bytes > 0 && row + ahead < rows)
+            asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src + int64_t(ahead) * cols), "r"(bytes) : "memory");
+        __syncwarp();
+    }
     if (CLUSTER == 1) {
         q = warp_sum(lane < WARPS ? part[lane % WARPS] : 0.0);
     } else {
