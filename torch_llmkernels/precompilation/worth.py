@@ -27,9 +27,9 @@ from torch_llmkernels.task import Task
 
 log = logging.getLogger("torch_llmkernels.precompile")
 
-SECONDS_PER_KERNEL = {"cpu": 25.0, "cuda": 15.0}
+SECONDS_PER_KERNEL = {"cpu": 5.0, "cuda": 3.0}
 """What one kernel's check and timing takes, roughly: most of it is Inductor compiling the baseline."""
-SECONDS_PER_TUNING = {"cpu": 2.0, "cuda": 0.7}
+SECONDS_PER_TUNING = {"cpu": 0.5, "cuda": 0.3}
 """What each further choice of its constants adds: one compilation and a few samples."""
 
 
@@ -145,7 +145,7 @@ def _floor_ms(task: Task, facts: DeviceFacts) -> float:
 def _estimate(
     device: str, facts: DeviceFacts, pending: Sequence[tuple[Task, Kernel]], search: Settings | None
 ) -> tuple[float, int]:
-    """(seconds, tokens) that verifying the pending kernels takes, at most; `search`: the settings, if a search follows."""
+    """(seconds, tokens) that verifying the pending kernels takes, roughly; `search`: the settings, if a search follows."""
     choices = sum(max(0, len(kernel.tunings(task, facts)) - 1) for task, kernel in pending)
     seconds = len(pending) * SECONDS_PER_KERNEL[device] + choices * SECONDS_PER_TUNING[device]
     return (seconds + search.search_budget_s, search.search_budget_tokens) if search else (seconds, 0)
